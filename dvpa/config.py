@@ -1,0 +1,102 @@
+"""`DvpaConfig`: the architecture and its tiers as a Transformers config."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from dvpa.architecture import (
+    TOP_TIER_FIELDS,
+    Architecture,
+    DifficultyConfig,
+    TierConfig,
+    find_config,
+    load_yaml,
+    name_file,
+    read_architecture,
+)
+
+__all__ = [
+    "DifficultyConfig",
+    "DvpaConfig",
+    "TierConfig",
+    "find_config",
+    "load_model_config",
+    "load_yaml",
+]
+
+
+class DvpaConfig(Architecture, PreTrainedConfig):
+    """Configuration of `DvpaForCausalLM`: DeepSeek-V3 field names plus nested tiers.
+
+    Raises:
+        ValueError: a field is out of range; the message names field, value and what is allowed.
+    """
+
+    model_type = "dvpa"
+    keys_to_ignore_at_inference = ("past_key_values", "routing")
+    attribute_map = {"num_local_experts": "n_routed_experts"}  # noqa: RUF012 (Transformers' contract)
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Derive what Transformers reads, resolve and validate the architecture."""
+        self.num_key_value_heads = kwargs.pop("num_key_value_heads", self.num_attention_heads)
+        self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        self.head_dim = self.qk_rope_head_dim  # what Transformers' rotary embedding reads
+        for derived in ("qk_head_dim", "head_dim"):  # config.json carries them too
+            kwargs.pop(derived, None)
+        if self.num_key_value_heads != self.num_attention_heads:
+            raise ValueError(
+                f"num_key_value_heads: {self.num_key_value_heads} must be num_attention_heads = "
+                f"{self.num_attention_heads} (or be left out): MLA has no grouped heads"
+            )
+        self.resolve()
+        PreTrainedConfig.__post_init__(self, **kwargs)
+
+    def truncate(self, num_tiers: int) -> "DvpaConfig":
+        """The first `num_tiers` tiers as a model of its own, without a difficulty head.
+
+        Raises:
+            ValueError: `num_tiers` is not in 1 .. self.num_tiers.
+        """
+        if not 1 <= num_tiers <= self.num_tiers:
+            raise ValueError(f"num_tiers: {num_tiers} must be in 1 .. {self.num_tiers}")
+        data = self.to_dict()
+        for name in TOP_TIER_FIELDS:
+            data.pop(name)
+        data.update(
+            tiers=data["tiers"][:num_tiers],
+            n_group=self._tier(num_tiers - 1).num_groups,
+            n_routed_experts=self.pool_size(num_tiers - 1),
+            difficulty=None,
+        )
+        truncated: DvpaConfig = DvpaConfig.from_dict(data)
+        return truncated
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in Transformers, but another architecture's config is refused, not reinterpreted."""
+        model_type = config_dict.get("model_type") if isinstance(config_dict, dict) else None
+        if model_type not in (None, cls.model_type) or not isinstance(config_dict, dict):
+            raise ValueError(f"model_type: {model_type!r} must be {cls.model_type!r}")
+        return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dictionary; tiers and difficulty as plain mappings."""
+        data = super().to_dict()
+        data["tiers"] = [asdict(tier) for tier in self.tiers or ()]
+        data["difficulty"] = None if self.difficulty is None else asdict(self.difficulty)
+        return data
+
+
+def load_model_config(path: str | Path) -> DvpaConfig:
+    """Read a model YAML strictly.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an unknown key (the message lists the allowed ones) or a bad value.
+    """
+    try:
+        return DvpaConfig(**read_architecture(path))
+    except (TypeError, ValueError) as error:
+        raise name_file(path, error) from None

@@ -1,0 +1,137 @@
+"""What an `Architecture` must satisfy: each field by itself, then the fields against each other.
+
+Every failure is one `ValueError` that names the field, its value and what is allowed. No torch.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+_POSITIVE = """
+vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads
+n_routed_experts n_group kv_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim
+max_position_embeddings
+"""
+_SWITCHES = "norm_topk_prob use_cache rope_interleave attention_bias tie_word_embeddings"
+_NUMBERS = {
+    "initializer_range": (0.0, 10.0),
+    "rms_norm_eps": (0.0, 1.0),
+    "attention_dropout": (0.0, 1.0),
+}
+_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+
+
+def validate_config(config: Any) -> None:
+    """Check a whole `Architecture`.
+
+    Raises:
+        ValueError: the first field that is wrong.
+    """
+    _validate_values(config)
+    if config.qk_rope_head_dim % 2:
+        raise ValueError(f"qk_rope_head_dim: {config.qk_rope_head_dim} must be even")
+    if not 0 <= config.first_k_dense_replace < config.num_hidden_layers:
+        raise ValueError(
+            f"first_k_dense_replace: {config.first_k_dense_replace} must be in "
+            f"0 .. num_hidden_layers - 1 = {config.num_hidden_layers - 1}"
+        )
+    if config.n_routed_experts % config.n_group:
+        raise ValueError(
+            f"n_routed_experts: {config.n_routed_experts} must be a whole number of groups "
+            f"(n_group: {config.n_group})"
+        )
+    if config.group_size < 2:
+        raise ValueError(
+            f"n_group: {config.n_group} leaves {config.group_size} expert per group; "
+            "group scores need 2"
+        )
+    _validate_tiers(config)
+    if config.difficulty is not None:
+        probe = config.difficulty.probe_layer
+        low, high = max(1, config.first_k_dense_replace), config.num_hidden_layers
+        if not low <= probe <= high:
+            raise ValueError(f"difficulty.probe_layer: {probe} must be in {low} .. {high}")
+        if config.difficulty.hidden_size < 1:
+            raise ValueError("difficulty.hidden_size: must be positive")
+
+
+def _is_whole(value: Any, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _validate_values(config: Any) -> None:
+    """Each field by itself: type and range."""
+    for name in _POSITIVE.split():
+        if not _is_whole(getattr(config, name), 1):
+            raise ValueError(f"{name}: {getattr(config, name)!r} must be a positive whole number")
+    for name in ("n_shared_experts", "first_k_dense_replace"):
+        if not _is_whole(getattr(config, name), 0):
+            raise ValueError(f"{name}: {getattr(config, name)!r} must be a whole number, 0 or more")
+    if config.q_lora_rank is not None and not _is_whole(config.q_lora_rank, 1):
+        raise ValueError(f"q_lora_rank: {config.q_lora_rank!r} must be null or positive and whole")
+    for name in _SWITCHES.split():
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"{name}: {getattr(config, name)!r} must be true or false")
+    for name, (low, high) in _NUMBERS.items():
+        value = getattr(config, name)  # YAML reads 1e-6 as text and 1.0e-6 as a number
+        if not _is_number(value) or not low <= value <= high:
+            raise ValueError(f"{name}: {value!r} must be a number in {low:g} .. {high:g}")
+    if config.hidden_act != "silu":
+        raise ValueError(f"hidden_act: {config.hidden_act!r} must be 'silu' (SwiGLU, as in V3)")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, name)
+        for token in value if isinstance(value, list) and name == "eos_token_id" else [value]:
+            if token is not None and not (_is_whole(token, 0) and token < config.vocab_size):
+                raise ValueError(
+                    f"{name}: {value!r} must be null or a token in 0 .. {config.vocab_size - 1}"
+                )
+    rope = config.rope_parameters
+    if rope is not None and not isinstance(rope, Mapping):
+        raise ValueError(f"rope_parameters: {rope!r} must be null or a mapping")
+    kind = (rope or {}).get("rope_type", "default")
+    if kind not in _ROPE_TYPES:
+        raise ValueError(f"rope_parameters.rope_type: {kind!r} must be in {', '.join(_ROPE_TYPES)}")
+    factor = (rope or {}).get("factor", 1.0)
+    if not _is_number(factor) or factor < 1:
+        raise ValueError(f"rope_parameters.factor: {factor!r} must be a number, 1 or more")
+
+
+def _validate_tiers(config: Any) -> None:
+    previous = 0
+    for i, tier in enumerate(config.tiers or ()):
+        where, pool = f"tiers[{i}]", tier.num_groups * config.group_size
+        if not tier.name or tier.name == "auto" or tier.name.isdecimal():
+            raise ValueError(f"{where}.name: {tier.name!r} must be a word other than 'auto'")
+        if not previous < tier.num_groups <= config.n_group:
+            raise ValueError(
+                f"{where}.num_groups: {tier.num_groups} must be in {previous + 1} .. "
+                f"{config.n_group} (strictly increasing whole groups)"
+            )
+        previous = tier.num_groups
+        if not 1 <= tier.topk_group <= tier.num_groups:
+            raise ValueError(
+                f"{where}.topk_group: {tier.topk_group} must be in 1 .. {tier.num_groups}"
+            )
+        reachable = tier.topk_group * config.group_size
+        if not 1 <= tier.top_k <= reachable:
+            raise ValueError(
+                f"{where}.top_k: {tier.top_k} must be in 1 .. {reachable} (its pool has {pool} "
+                f"experts, {reachable} of them in the best {tier.topk_group} groups)"
+            )
+        if i and tier.top_k < config.tiers[i - 1].top_k:
+            raise ValueError(f"{where}.top_k: {tier.top_k} must not be below the tier before it")
+        if not math.isfinite(tier.routed_scaling_factor) or tier.routed_scaling_factor <= 0:
+            raise ValueError(
+                f"{where}.routed_scaling_factor: {tier.routed_scaling_factor} must be positive"
+            )
+    if previous != config.n_group:
+        raise ValueError(
+            f"tiers[{config.top_tier}].num_groups: {previous} must be n_group = {config.n_group}: "
+            "the top tier uses every group"
+        )
+    if len(set(config.tier_names)) != config.num_tiers:
+        raise ValueError(f"tiers: names must differ, got {', '.join(config.tier_names)}")
