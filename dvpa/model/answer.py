@@ -1,0 +1,208 @@
+"""Answers with telemetry: load a checkpoint, score, choose a tier, decode with `generate`.
+
+One request at a time or one batch; no queue, no escalation (those belong to the engine). The tier
+is decided before decoding, so that its reason can be reported; the prompt's trunk and probe layers
+are therefore run once for the score and once more inside `generate`, and `flops` counts both.
+"""
+
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextIteratorStreamer
+
+from dvpa.config import DvpaConfig
+from dvpa.model.causal_lm import DvpaForCausalLM
+from dvpa.pricing import price
+from dvpa.tiers.policy import Decision
+from dvpa.tiers.record import TelemetryRecord
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The text of one completion, its token ids (without the prompt), and its telemetry record."""
+
+    text: str
+    token_ids: list[int]
+    telemetry: TelemetryRecord
+
+
+def load(checkpoint: str | Path) -> tuple[DvpaForCausalLM, PreTrainedTokenizerBase]:
+    """Model (eval mode) and tokenizer of a checkpoint folder.
+
+    Raises:
+        FileNotFoundError: no such folder, or no model in it.
+        ValueError: the checkpoint is incomplete, corrupt or of another model type.
+    """
+    folder = Path(checkpoint)
+    for part in (folder, folder / "config.json"):
+        if not part.exists():
+            raise FileNotFoundError(f"{part}: no such checkpoint")
+    config = DvpaConfig.from_pretrained(folder)
+    model = DvpaForCausalLM.from_pretrained(folder, config=config).eval()
+    if not (folder / "tokenizer_config.json").exists():
+        raise FileNotFoundError(f"{folder}: the checkpoint has no tokenizer")
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def decide(
+    model: DvpaForCausalLM, input_ids: torch.Tensor, tier: int | str = "auto"
+) -> tuple[Decision, float]:
+    """Tier of one tokenised prompt [1, S] and the milliseconds that scoring it took."""
+    start = time.perf_counter()
+    difficulty = None
+    if tier == "auto" and model.difficulty_head is not None:
+        with torch.inference_mode():
+            difficulty = float(model.score(input_ids).difficulty)
+    decision = model.policy.decide(difficulty, tier=tier)
+    return decision, 1000 * (time.perf_counter() - start)
+
+
+def encode_prompt(
+    model: DvpaForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str
+) -> torch.Tensor:
+    """Token ids [1, S] of a prompt, begin-of-sequence first.
+
+    Raises:
+        ValueError: the prompt is empty or longer than the model's context.
+    """
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    if not prompt.strip() or not ids:
+        raise ValueError("prompt: must not be empty")
+    if tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id, *ids]
+    limit = model.config.max_position_embeddings
+    if len(ids) >= limit:
+        raise ValueError(f"prompt: {len(ids)} tokens must be fewer than the context of {limit}")
+    return torch.tensor([ids], device=model.device)
+
+
+def stream(
+    model: DvpaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    tier: int | str = "auto",
+    max_new_tokens: int = 64,
+    **sampling: Any,
+) -> Iterator[str | Answer]:
+    """Yield the answer's text piece by piece as it is decoded, then the whole `Answer`.
+
+    `sampling` goes to `generate` (greedy by default). Decoding stops at the end of the context.
+
+    Raises:
+        ValueError: empty or too long prompt, unknown tier, `max_new_tokens` below 1.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: {max_new_tokens} must be 1 or more")
+    begin = time.perf_counter()
+    input_ids = encode_prompt(model, tokenizer, prompt)
+    room = model.config.max_position_embeddings - input_ids.shape[1]
+    decision, score_ms = decide(model, input_ids, tier)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    result: list[torch.Tensor | BaseException] = []
+
+    def decode() -> None:
+        try:
+            result.append(
+                model.generate(
+                    input_ids,
+                    attention_mask=torch.ones_like(input_ids),
+                    tiers=torch.tensor([decision.tier], device=input_ids.device),
+                    max_new_tokens=min(max_new_tokens, room),
+                    streamer=streamer,
+                    **{"do_sample": False, **sampling},
+                )
+            )
+        except BaseException as error:
+            result.append(error)
+            streamer.end()
+
+    worker = Thread(target=decode, daemon=True)
+    worker.start()
+    first_ms = None
+    for piece in streamer:
+        if first_ms is None:
+            first_ms = 1000 * (time.perf_counter() - begin)
+        if piece:
+            yield piece
+    worker.join()
+    output = result[0]
+    if isinstance(output, BaseException):
+        raise output
+    token_ids = output[0, input_ids.shape[1] :].tolist()
+    total_ms = 1000 * (time.perf_counter() - begin)
+    yield Answer(
+        text=tokenizer.decode(token_ids, skip_special_tokens=True).strip(),
+        token_ids=token_ids,
+        telemetry=_record(
+            model,
+            decision,
+            input_ids.shape[1],
+            len(token_ids),
+            score_ms,
+            first_ms or total_ms,
+            total_ms,
+        ),
+    )
+
+
+def answer(
+    model: DvpaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    tier: int | str = "auto",
+    max_new_tokens: int = 64,
+    **sampling: Any,
+) -> list[Answer]:
+    """One `Answer` per prompt, each at its own tier; arguments and errors as in `stream`."""
+    answers = []
+    for prompt in prompts:
+        *_, last = stream(model, tokenizer, prompt, tier, max_new_tokens, **sampling)
+        assert isinstance(last, Answer)
+        answers.append(last)
+    return answers
+
+
+def _record(
+    model: DvpaForCausalLM,
+    decision: Decision,
+    prompt_tokens: int,
+    completion_tokens: int,
+    score_ms: float,
+    ttft_ms: float,
+    total_ms: float,
+) -> TelemetryRecord:
+    model_price = price(model.config)
+    tier_price = model_price.tiers[decision.tier]
+    scoring = 0
+    if decision.difficulty is not None:
+        scoring = model_price.probe_flops_per_token * prompt_tokens
+        scoring += model_price.head_flops_per_request
+    # The last token is produced but never fed back.
+    decoded = prompt_tokens + max(completion_tokens - 1, 0)
+    tier_tokens = [0] * model.config.num_tiers
+    tier_tokens[decision.tier] = completion_tokens
+    return TelemetryRecord(
+        request_id=uuid.uuid4().hex,
+        tier=decision.tier,
+        tier_name=decision.tier_name,
+        difficulty=decision.difficulty,
+        success_by_tier=decision.success_by_tier,
+        decided_by=decision.decided_by,
+        thresholds=decision.thresholds,
+        activated_params=tier_price.activated_params,
+        flops=float(scoring + tier_price.flops_per_token * decoded),
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        tier_tokens=tuple(tier_tokens),
+        escalations=0,
+        queue_ms=0.0,
+        score_ms=score_ms,
+        ttft_ms=ttft_ms,
+        total_ms=total_ms,
+    )

@@ -1,0 +1,31 @@
+"""Why a checkpoint cannot be loaded, in one sentence that names the tensor.
+
+Transformers reports some failures of loading without saying which tensor caused them. Nothing here
+runs unless loading failed.
+"""
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from dvpa.config import DvpaConfig
+from dvpa.model.tensor_names import tensor_shapes
+
+
+def find_problem(folder: Path, config: DvpaConfig) -> str | None:
+    """The first corrupt shard or misfitting tensor of a folder; None if everything fits."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    found[name] = tuple(file.get_slice(name).get_shape())
+        except SafetensorError as error:
+            return f"{path.name}: {error}"
+    expected = tensor_shapes(config)
+    for name, shape in expected.items():
+        if name not in found:
+            return f"{name}: missing"
+        if found[name] != shape:
+            return f"{name}: shape {found[name]}, expected {shape}"
+    return next((f"{name}: unknown tensor" for name in found if name not in expected), None)

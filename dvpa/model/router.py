@@ -1,0 +1,100 @@
+"""Hierarchical routing, tier -> group -> expert: DeepSeek-V3's gate with one bias per tier.
+
+The gate is that of arXiv 2412.19437, section 2.1.2.
+
+Letters: T tokens, D hidden, E routed experts, P experts in the largest pool, G groups, K slots.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dvpa.config import DvpaConfig
+from dvpa.model.precision import Fp32Buffers
+
+NO_TIER = -1  # a padding position: it brings no expert rows
+
+
+@dataclass(frozen=True)
+class TierPlan:
+    """The tier of each position, int64 [B, S] (or `NO_TIER`), and the largest among them."""
+
+    tiers: Tensor
+    max_tier: int
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What one layer's router decided.
+
+    `topk_index` int64 [T, K] (E means an empty slot), `topk_weight` fp32 [T, K] (0 there), `scores`
+    fp32 [T, P] before the bias, `tiers` int64 [T].
+    """
+
+    topk_index: Tensor
+    topk_weight: Tensor
+    scores: Tensor
+    tiers: Tensor
+
+
+class DvpaRouter(Fp32Buffers):
+    """Sigmoid scores over the pool; the tier's bias chooses, the unbiased score weighs."""
+
+    tier_bias: Tensor  # fp32 [tiers, E]
+
+    def __init__(self, config: DvpaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.zeros(config.n_routed_experts, config.hidden_size))
+        self.register_buffer(
+            "tier_bias",
+            torch.zeros(config.num_tiers, config.n_routed_experts, dtype=torch.float32),
+        )
+
+    def forward(self, hidden_TD: Tensor, plan: TierPlan) -> Routing:
+        """Route T tokens, each inside the pool of its own tier (design: section 4)."""
+        config, tiers_T = self.config, plan.tiers.reshape(-1)
+        pool = config.pool_size(plan.max_tier)
+        top_k = [tier.top_k for tier in config.tiers]
+        known_T = tiers_T.clamp(min=0)
+        scores_TP = F.linear(hidden_TD.float(), self.weight[:pool].float()).sigmoid()
+        choice_TP = scores_TP + self.tier_bias[known_T, :pool]
+        pool_T = self._per_tier([config.pool_size(t) for t in range(config.num_tiers)], known_T)
+        outside = torch.arange(pool, device=pool_T.device) >= pool_T[:, None]
+        choice_TP = choice_TP.masked_fill(outside, float("-inf"))
+        choice_TP = self._limit_groups(choice_TP, known_T, plan.max_tier)
+        index_TK = choice_TP.topk(max(top_k[: plan.max_tier + 1]), dim=-1).indices
+
+        weight_TK = scores_TP.gather(1, index_TK)
+        top_k_T = self._per_tier(top_k, known_T).masked_fill(tiers_T == NO_TIER, 0)
+        empty = torch.arange(index_TK.shape[1], device=top_k_T.device) >= top_k_T[:, None]
+        weight_TK = weight_TK.masked_fill(empty, 0.0)
+        if config.norm_topk_prob:
+            weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
+        scale_T = self._per_tier([t.routed_scaling_factor for t in config.tiers], known_T)
+        return Routing(
+            topk_index=index_TK.masked_fill(empty, config.n_routed_experts),
+            topk_weight=weight_TK * scale_T[:, None],
+            scores=scores_TP,
+            tiers=tiers_T,
+        )
+
+    def _limit_groups(self, choice_TP: Tensor, tiers_T: Tensor, max_tier: int) -> Tensor:
+        """Keep each tier's best `topk_group` groups (group score: sum of its two best choices)."""
+        config = self.config
+        present = config.tiers[: max_tier + 1]
+        if all(tier.topk_group == tier.num_groups for tier in present):
+            return choice_TP  # every group of the pool stays: nothing to limit
+        choice_TGE = choice_TP.view(len(choice_TP), -1, config.group_size)
+        group_TG = choice_TGE.topk(2, dim=-1).values.sum(-1)
+        best_TG = group_TG.topk(max(tier.topk_group for tier in present), dim=-1).indices
+        limit_T = self._per_tier([tier.topk_group for tier in config.tiers], tiers_T)
+        kept = torch.arange(best_TG.shape[1], device=best_TG.device) < limit_T[:, None]
+        mask_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter(1, best_TG, kept)
+        return choice_TGE.masked_fill(~mask_TG[..., None], float("-inf")).flatten(1)
+
+    @staticmethod
+    def _per_tier(values: list[int] | list[float], tiers_T: Tensor) -> Tensor:
+        return torch.tensor(values, device=tiers_T.device)[tiers_T]
