@@ -1,0 +1,294 @@
+"""The comparison at equal cost: the adaptive router next to what anyone could do without it.
+
+`compare_routers` gives one row per router on the test split; `routing_frontier` sweeps budgets for
+the figure; `difficulty_metrics` asks whether the head knows more than prompt length. Pure
+NumPy/SciPy/scikit-learn on outcome tables: no model, no torch. The metrics and baselines themselves
+live in `metrics` and `baselines`, re-exported here.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dvpa.evaluate.baselines import (
+    RandomMix,
+    Scores,
+    cascade_costs,
+    fit_tiers,
+    length_scores,
+    oracle_tiers,
+    oracle_tiers_at_budget,
+    question_scores,
+    random_mix,
+    realised,
+    route_by_score,
+    tfidf_scores,
+    uncertainty_scores,
+)
+from dvpa.evaluate.metrics import (
+    apgr,
+    auroc,
+    bootstrap_ci,
+    bootstrap_draw_means,
+    bootstrap_means,
+    cpt,
+    paired_bootstrap,
+    partial_spearman,
+    percentile_interval,
+    pgr,
+    pgr_curve,
+    spearman,
+)
+from dvpa.evaluate.table import OutcomeTable
+from dvpa.tiers.tier_map import TierMap
+
+__all__ = [
+    "RandomMix",
+    "Scores",
+    "adaptive_tiers",
+    "apgr",
+    "auroc",
+    "bootstrap_ci",
+    "bootstrap_draw_means",
+    "bootstrap_means",
+    "cascade_costs",
+    "compare_routers",
+    "cpt",
+    "difficulty_metrics",
+    "fit_tiers",
+    "length_scores",
+    "oracle_tiers",
+    "oracle_tiers_at_budget",
+    "paired_bootstrap",
+    "partial_spearman",
+    "percentile_interval",
+    "pgr",
+    "pgr_curve",
+    "question_scores",
+    "random_mix",
+    "realised",
+    "route_by_score",
+    "routing_frontier",
+    "spearman",
+    "tfidf_scores",
+    "uncertainty_scores",
+]
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+# Draws of the random router's assignments that the bootstrap cycles through.
+_NUM_DRAWS = 64
+
+
+def adaptive_tiers(tier_map: TierMap, difficulty: FloatArray) -> IntArray:
+    """The tier map's choice per request [N]; requests without a difficulty (NaN) get its default
+    tier.
+    """
+    tiers = np.full(len(difficulty), tier_map.default_tier, dtype=np.int64)
+    known = np.isfinite(difficulty)
+    tiers[known] = tier_map.tiers(difficulty[known])
+    return tiers
+
+
+def compare_routers(
+    fit: OutcomeTable,
+    calibrate: OutcomeTable,
+    test: OutcomeTable,
+    tier_map: TierMap,
+    *,
+    questions: Mapping[str, str] | None = None,
+    tfidf: Scores | None = None,
+    overhead: Sequence[float] | None = None,
+    ms_by_tier: Sequence[float] | None = None,
+    baseline_kind: str | None = None,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """One row per router, all on the test split, those with a choice spending what `adaptive`
+    spends.
+
+    questions      request id -> question text; with it the `tfidf` row is computed.
+    tfidf          the scores for it, if already computed.
+    overhead       extra activated parameters per request that the head costs when it picks each
+    tier [T] (default 0);
+                   charged to `adaptive`, and granted to every router that is matched to it.
+    ms_by_tier     measured milliseconds per request at each tier [T]; rows then carry
+    `ms_per_request`. baseline_kind  tier map kind of the score-based baselines; default: the kind
+    of `tier_map`.
+
+    A row: quality, mean_activated_params, ci95 (bootstrap over requests), standard_error,
+    relative_cost (of the top tier), tier_share [T], and `adaptive_minus`: {difference, ci95,
+    standard_error} of the paired bootstrap. Rows: always_<tier>, random, length, tfidf, cascade
+    (both calls charged), adaptive, oracle_at_budget, oracle.
+    """
+    costs = np.asarray(tier_map.costs, dtype=float)
+    names = list(tier_map.tier_names)
+    for split, table in (("fit", fit), ("calibrate", calibrate), ("test", test)):
+        if table.num_tiers != len(costs):
+            raise ValueError(
+                f"{split} table has {table.num_tiers} tiers, the tier map {len(costs)}"
+            )
+        if len(table) == 0:
+            raise ValueError(f"{split} table has no requests")
+    quality = test.quality
+    adaptive = adaptive_tiers(tier_map, test.difficulty)
+    extra = np.zeros(len(costs)) if overhead is None else np.asarray(overhead, dtype=float)
+    target = float((costs + extra)[adaptive].mean())
+    kind = baseline_kind or tier_map.kind
+
+    # router -> (tier that answered [N], cost of answering at each tier [T])
+    choices: dict[str, tuple[IntArray, FloatArray]] = {
+        f"always_{name}": (np.full(len(test), tier, dtype=np.int64), costs)
+        for tier, name in enumerate(names)
+    }
+    mix = random_mix(costs, target)
+    scored = {"length": (length_scores(fit, calibrate, test, seed), costs)}
+    if questions is not None and tfidf is None:
+        tfidf = question_scores(fit, calibrate, test, questions, seed)
+    if tfidf is not None:
+        scored["tfidf"] = (tfidf, costs)
+    uncertainty = uncertainty_scores(fit, calibrate, test)
+    if uncertainty is not None:
+        scored["cascade"] = (uncertainty, cascade_costs(costs))
+    for name, (scores, charged) in scored.items():
+        tiers = route_by_score(
+            scores, fit, calibrate, charged.tolist(), names, target, kind, seed=seed
+        )
+        choices[name] = (tiers, charged)
+    choices["adaptive"] = (adaptive, costs + extra)
+    budget_oracle = oracle_tiers_at_budget(quality, costs.tolist(), max(target, float(costs[0])))
+    choices["oracle_at_budget"] = (budget_oracle, costs)
+    choices["oracle"] = (oracle_tiers(quality), costs)
+
+    order = [*(f"always_{name}" for name in names), "random", *scored]
+    order += ["adaptive", "oracle_at_budget", "oracle"]
+    values = {name: quality[np.arange(len(test)), tiers] for name, (tiers, _) in choices.items()}
+    values["random"] = mix.expected(quality)
+    columns = np.stack([values[name] for name in order], axis=1)
+    replicates = dict(zip(order, bootstrap_means(columns, num_resamples, seed).T, strict=True))
+    draws = mix.draws(quality, _NUM_DRAWS, seed)
+    replicates["random"] = bootstrap_draw_means(draws, num_resamples, seed)
+
+    rows: dict[str, dict[str, Any]] = {}
+    for name in order:
+        if name == "random":
+            share = np.zeros(len(costs))
+            share[mix.high] += mix.share
+            share[mix.low] += 1 - mix.share
+            mean_cost = float(share @ costs)
+        else:
+            tiers, charged = choices[name]
+            share = np.bincount(tiers, minlength=len(costs)) / len(tiers)
+            mean_cost = float(charged[tiers].mean())
+        row: dict[str, Any] = {
+            "quality": float(values[name].mean()),
+            "mean_activated_params": mean_cost,
+            "ci95": list(percentile_interval(replicates[name])),
+            "standard_error": float(replicates[name].std(ddof=1)),
+            "relative_cost": mean_cost / float(costs[-1]),
+            "tier_share": share.tolist(),
+        }
+        if ms_by_tier is not None:
+            second_call = float((1 - share[0]) * ms_by_tier[0]) if name == "cascade" else 0.0
+            row["ms_per_request"] = float(share @ np.asarray(ms_by_tier)) + second_call
+        if name != "adaptive":
+            difference = replicates["adaptive"] - replicates[name]
+            row["adaptive_minus"] = {
+                "difference": float(values["adaptive"].mean() - values[name].mean()),
+                "ci95": list(percentile_interval(difference)),
+                "standard_error": float(difference.std(ddof=1)),
+            }
+        rows[name] = row
+    return rows
+
+
+def routing_frontier(
+    fit: OutcomeTable,
+    calibrate: OutcomeTable,
+    test: OutcomeTable,
+    tier_map: TierMap,
+    *,
+    overhead: Sequence[float] | None = None,
+    num_points: int = 13,
+    seed: int = 0,
+) -> dict[str, dict[str, list[float]]]:
+    """Curves {cost: [...], quality: [...]} on the test split for budgets from the base to the top
+    tier's cost.
+
+    `adaptive` (refitted on fit + calibrate at every budget; absent without difficulties), `length`,
+    `random` (through the always-tiers) and `oracle`. Costs are realised mean activated parameters.
+    """
+    costs = np.asarray(tier_map.costs, dtype=float)
+    names = list(tier_map.tier_names)
+    extra = np.zeros(len(costs)) if overhead is None else np.asarray(overhead, dtype=float)
+    budgets = np.linspace(costs[0], costs[-1], num_points)
+    curves: dict[str, dict[str, list[float]]] = {
+        "random": {"cost": costs.tolist(), "quality": test.quality.mean(axis=0).tolist()},
+        "oracle": {"cost": [], "quality": []},
+    }
+    for budget in budgets:
+        tiers = oracle_tiers_at_budget(test.quality, costs.tolist(), float(budget))
+        _append(curves["oracle"], realised(test.quality, costs.tolist(), tiers))
+    sweeps = {"length": (length_scores(fit, calibrate, test, seed), np.zeros(len(costs)))}
+    tables = (fit, calibrate, test)
+    if all(bool(np.isfinite(table.difficulty).all()) for table in tables):
+        head = Scores(fit.difficulty, calibrate.difficulty, test.difficulty)
+        sweeps["adaptive"] = (head, extra)
+    for name, (scores, added) in sweeps.items():
+        curves[name] = {"cost": [], "quality": []}
+        for budget in budgets:
+            tiers = fit_tiers(
+                scores, fit, calibrate, costs.tolist(), names, float(budget), tier_map.kind
+            )
+            _append(curves[name], realised(test.quality, (costs + added).tolist(), tiers))
+    return curves
+
+
+def difficulty_metrics(
+    test: OutcomeTable, questions_score: FloatArray | None = None
+) -> dict[str, Any]:
+    """How well the difficulty predicts failure at each tier, next to prompt length (and TF-IDF, if
+    given).
+
+    Per tier [T]: AUROC of "fails" (quality < 0.5), Spearman with the quality lost, and partial
+    Spearman with log prompt length held fixed. `by_kind`: sizes, quality per tier and AUROC at the
+    base tier within each task kind, where a score that only recognises the kind is worth nothing.
+    """
+    lost = 1 - test.quality
+    fails = test.quality < 0.5
+    length = np.log(test.prompt_tokens)
+    tiers = range(test.num_tiers)
+    kinds = np.array(test.kind)
+    by_kind = []
+    for kind in sorted(set(test.kind)):
+        inside = kinds == kind
+        by_kind.append(
+            {
+                "kind": kind,
+                "num_requests": int(inside.sum()),
+                "quality_by_tier": test.quality[inside].mean(axis=0).tolist(),
+                "auroc_base": auroc(test.difficulty[inside], fails[inside, 0]),
+                "auroc_base_length": auroc(length[inside], fails[inside, 0]),
+            }
+        )
+    report: dict[str, Any] = {
+        "auroc_by_tier": [auroc(test.difficulty, fails[:, t]) for t in tiers],
+        "spearman_by_tier": [spearman(test.difficulty, lost[:, t]) for t in tiers],
+        "partial_spearman_by_tier": [
+            partial_spearman(test.difficulty, lost[:, t], length) for t in tiers
+        ],
+        "length_auroc_by_tier": [auroc(length, fails[:, t]) for t in tiers],
+        "length_spearman_by_tier": [spearman(length, lost[:, t]) for t in tiers],
+        "by_kind": by_kind,
+    }
+    if questions_score is not None:
+        report["tfidf_auroc_by_tier"] = [auroc(questions_score, fails[:, t]) for t in tiers]
+    return report
+
+
+def _append(curve: dict[str, list[float]], point: tuple[float, float]) -> None:
+    curve["quality"].append(point[0])
+    curve["cost"].append(point[1])
