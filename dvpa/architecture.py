@@ -1,9 +1,9 @@
 """Architecture and tiers of a dvpa model, and the strict YAML for them; no Transformers.
 
-Fields are DeepSeek-V3's own plus `tiers` (base first) and `difficulty`. Top-level `n_routed_experts`,
-`num_experts_per_tok`, `topk_group` and `routed_scaling_factor` describe the top tier. Everything is
-validated on construction, so that whoever reads it never has to check. `dvpa.config.DvpaConfig` is
-the same thing as a Transformers config; pricing needs only this.
+Fields are DeepSeek-V3's own plus `tiers` (base first) and `difficulty`. Top-level
+`n_routed_experts`, `num_experts_per_tok`, `topk_group` and `routed_scaling_factor` describe the
+top tier. Everything is validated on construction, so that whoever reads it never has to check.
+`dvpa.config.DvpaConfig` is the same thing as a Transformers config; pricing needs only this.
 """
 
 import sys

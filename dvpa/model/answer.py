@@ -180,7 +180,8 @@ def _record(
     model_price = price(model.config)
     tier_price = model_price.tiers[decision.tier]
     scoring = 0
-    if decision.difficulty is not None:
+    # The head ran, also where its score was unusable and the policy fell back.
+    if decision.decided_by != "override" and model.difficulty_head is not None:
         scoring = model_price.probe_flops_per_token * prompt_tokens
         scoring += model_price.head_flops_per_request
     # The last token is produced but never fed back.
