@@ -1,0 +1,99 @@
+"""From examples to the rows of one step: padding, targets, and which tier every token runs at.
+
+A step's tiers depend on (seed, stage, step) only, so that a resumed run draws what the
+uninterrupted one would have.
+
+Letters: N rows, S positions, B examples.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dvpa.model.router import NO_TIER
+from dvpa.tasks.encoding import right_pad
+from dvpa_train.config import StageConfig
+from dvpa_train.examples import Example
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Rows:
+    """`input_ids`, `labels` (shifted; -100 ignored), `tiers` (none on padding): int64 [N, S].
+
+    Rows are padded on the right, where causal attention never looks, so no mask is needed.
+
+    With distillation the first half of the rows are the examples at the top tier, the second half
+    the same examples lower; `paired` says so.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    tiers: Tensor
+    paired: bool
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens of the step."""
+        return int((self.tiers != NO_TIER).sum())
+
+
+def collate(examples: Sequence[Example], pad_id: int, prompt_loss: bool) -> dict[str, Tensor]:
+    """Right-padded inputs and next-token labels of B examples."""
+    ids, mask = right_pad([[*prompt, *completion] for prompt, completion in examples], pad_id)
+    labels = np.full_like(ids, IGNORED)
+    labels[:, :-1] = np.where(mask[:, 1:] == 1, ids[:, 1:], IGNORED)
+    if not prompt_loss:
+        for row, (prompt, _) in enumerate(examples):
+            labels[row, : len(prompt) - 1] = IGNORED
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "attention_mask": torch.from_numpy(mask),
+        "labels": torch.from_numpy(labels),
+    }
+
+
+def assign_tiers(batch: dict[str, Tensor], stage: StageConfig, seed: int, step: int) -> Rows:
+    """Give every token of the step its tier.
+
+    Without distillation each example runs once, at a tier drawn by `tier_weights`. With it, each
+    runs at the top tier and at a lower one; `switch_fraction` of the lower rows change between two
+    tiers at a random position, so that every tier learns to read keys and values written by
+    another.
+    """
+    draws = np.random.default_rng((seed, stage_key(stage), step))
+    count, length = batch["input_ids"].shape
+    weights = np.asarray(stage.tier_weights or [1.0] * stage.num_tiers, dtype=float)
+    top = stage.num_tiers - 1
+    if not stage.distillation or top == 0:
+        row_tiers = draws.choice(stage.num_tiers, size=count, p=weights / weights.sum())
+        tiers = np.repeat(row_tiers[:, None], length, axis=1)
+        return _rows(batch, tiers, paired=False)
+    lower = weights[:-1] / weights[:-1].sum()
+    low_tiers = np.repeat(draws.choice(top, size=count, p=lower)[:, None], length, axis=1)
+    if stage.switch_fraction:
+        switched = draws.random(count) < stage.switch_fraction
+        before = draws.integers(0, stage.num_tiers, count)
+        real = batch["attention_mask"].sum(1).numpy()
+        position = (draws.random(count) * real).astype(int)
+        early = np.arange(length) < position[:, None]
+        low_tiers = np.where(switched[:, None] & early, before[:, None], low_tiers)
+    tiers = np.concatenate((np.full((count, length), top), low_tiers))
+    doubled = {name: torch.cat((tensor, tensor)) for name, tensor in batch.items()}
+    return _rows(doubled, tiers, paired=True)
+
+
+def stage_key(stage: StageConfig) -> int:
+    """A stable number for a stage's name."""
+    return int.from_bytes(stage.name.encode()[:8].ljust(8, b"\0"), "little")
+
+
+def _rows(batch: dict[str, Tensor], tiers: Any, paired: bool) -> Rows:
+    spread = torch.from_numpy(np.ascontiguousarray(tiers, dtype=np.int64))
+    spread = spread.masked_fill(batch["attention_mask"] == 0, NO_TIER)
+    return Rows(batch["input_ids"], batch["labels"], spread, paired)

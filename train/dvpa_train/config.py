@@ -1,0 +1,219 @@
+"""Recipes: one YAML file, strict, with dotted overrides.
+
+`load_recipe` is the only way in: unknown keys are rejected with their name, values are checked by
+type (jsonargparse) and by range (here), and `--set a.b=c` reaches list items by index or by their
+`name` (`--set stages.joint.steps=50`).
+"""
+
+from argparse import ArgumentError
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from dvpa.config import DvpaConfig, find_config, load_model_config, load_yaml
+
+StageKind = Literal["foundation", "expansion", "joint"]
+
+
+@dataclass
+class GradedData:
+    """Embedded graded tasks (dvpa.tasks.GradedTasks)."""
+
+    seed: int = 0
+    num_facts: int = 3000
+    recall_share: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5, 0.5])  # levels 0 .. 3
+    filler: float = 0.0
+    train_weights: list[float] = field(
+        default_factory=lambda: [1.0, 1.0, 1.0, 1.0]
+    )  # levels 0 .. 3
+    evaluation_weights: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0, 1.0, 1.0])
+
+
+@dataclass
+class FileData:
+    """One local file. Held out: question/answer rows by seed, text by position (its last part)."""
+
+    path: str
+    format: Literal["gsm8k", "svamp", "jsonl", "text"]
+    evaluation_only: bool = False
+
+
+@dataclass
+class DataConfig:
+    """Where examples come from: `graded`, or `files`, not both."""
+
+    graded: GradedData | None = None
+    files: list[FileData] = field(default_factory=list)
+    validation_fraction: float = 0.15  # of files
+    max_length: int = 64  # tokens per sequence; longer ones are cut, and counted
+    prompt_loss: bool = False  # also learn to predict the prompt
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW, with gradient clipping by norm."""
+
+    learning_rate: float = 3e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    weight_decay: float = 0.01
+    gradient_clip: float = 1.0
+
+
+@dataclass
+class StageConfig:
+    """One training stage. `num_tiers` tiers exist in it; new ones are grown at its start."""
+
+    name: str
+    kind: StageKind
+    num_tiers: int
+    steps: int
+    batch_size: int = 256
+    tier_weights: list[float] = field(default_factory=list)  # empty: uniform over its tiers
+    level_weights: list[float] = field(default_factory=list)  # empty: data.graded.train_weights
+    warmup_steps: int = 20
+    learning_rate_scale: list[float] = field(
+        default_factory=lambda: [1.0, 1.0]
+    )  # start, end (cosine)
+    distillation: float = 0.0  # weight of KL(top || lower); > 0: every example also runs at the top
+    distillation_temperature: float = 1.0
+    switch_fraction: float = 0.0  # of the lower rows: change tier inside the sequence
+    bias_update_rate: float = 3e-3
+    bias_frozen_fraction: float = 0.04  # of the stage, at its end
+
+
+@dataclass
+class DifficultyStage:
+    """Head training on the checkpoint's own outcomes; the backbone is frozen."""
+
+    items: int = 3000
+    steps: int = 400
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.02
+    batch_size: int = 256
+
+
+@dataclass
+class CalibrationStage:
+    """Fitting the tier map on disjoint splits of the evaluation items."""
+
+    budget: str = "60%"
+    kind: Literal["gain", "threshold"] = "gain"
+    items: int = 2000  # per split
+
+
+@dataclass
+class Recipe:
+    """A whole progressive run."""
+
+    name: str
+    model: str
+    data: DataConfig
+    stages: list[StageConfig]
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    difficulty: DifficultyStage = field(default_factory=DifficultyStage)
+    calibration: CalibrationStage = field(default_factory=CalibrationStage)
+    seed: int = 0
+    threads: int = 2
+    checkpoint_every: int = 100  # optimizer steps between resumable checkpoints
+    log_every: int = 20
+    wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # WANDB_MODE wins
+
+    def model_config(self) -> DvpaConfig:
+        """The full model's configuration."""
+        return load_model_config(self.model)
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read, override and check a recipe.
+
+    Raises:
+        FileNotFoundError: the recipe, or the model file it names, does not exist.
+        ValueError: unknown key, wrong type or value out of range.
+    """
+    path = find_config(path)
+    data = load_yaml(path)
+    for override in overrides or []:
+        _apply_override(data, override)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Recipe, as_group=False)
+    try:
+        parsed: Namespace = parser.parse_object(data)
+        recipe: Recipe = Recipe(**vars(parser.instantiate(parsed)))
+    except (ArgumentError, TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    _check(recipe, path)
+    return recipe
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise ValueError(f"--set {override}: must look like key.subkey=value")
+    node: Any = data
+    *parents, last = name.split(".")
+    for part in parents:
+        node = node[_key(node, part, override)]
+        if node is None:
+            raise ValueError(f"--set {override}: {part} is empty in the recipe")
+    key = _key(node, last, override) if isinstance(node, list) else last
+    node[key] = yaml.safe_load(text)
+
+
+def _key(node: Any, part: str, override: str) -> str | int:
+    if isinstance(node, dict):
+        if part not in node:
+            node[part] = {}
+        return part
+    if isinstance(node, list):
+        names = [
+            str(item.get("name", i)) if isinstance(item, dict) else str(i)
+            for i, item in enumerate(node)
+        ]
+        if part in names:
+            return names.index(part)
+        if part.isdecimal() and int(part) < len(node):
+            return int(part)
+        raise ValueError(f"--set {override}: {part} is not one of {', '.join(names)}")
+    raise ValueError(f"--set {override}: {part} has no parts of its own")
+
+
+def _check(recipe: Recipe, path: Path) -> None:
+    config = recipe.model_config()
+    if (recipe.data.graded is None) != bool(recipe.data.files):
+        raise ValueError(f"{path}: data: give either graded or files")
+    if not recipe.stages:
+        raise ValueError(f"{path}: stages: must not be empty")
+    previous = 0
+    for i, stage in enumerate(recipe.stages):
+        where = f"{path}: stages[{i}]"
+        least = max(previous, 1)
+        if not least <= stage.num_tiers <= config.num_tiers:
+            raise ValueError(
+                f"{where}.num_tiers: {stage.num_tiers} must be in {least} .. {config.num_tiers}"
+            )
+        if stage.kind == "foundation" and (i > 0 or stage.num_tiers != 1):
+            raise ValueError(f"{where}.kind: foundation must be the first stage, with num_tiers 1")
+        if stage.kind == "expansion" and stage.num_tiers == previous:
+            raise ValueError(f"{where}.kind: expansion must add tiers to the stage before it")
+        if stage.tier_weights and len(stage.tier_weights) != stage.num_tiers:
+            raise ValueError(f"{where}.tier_weights: needs {stage.num_tiers} numbers, one per tier")
+        if any(w < 0 for w in stage.tier_weights) or (
+            stage.tier_weights and not sum(stage.tier_weights)
+        ):
+            raise ValueError(f"{where}.tier_weights: must be non-negative with a positive sum")
+        if stage.level_weights and recipe.data.graded is None:
+            raise ValueError(f"{where}.level_weights: only graded tasks have levels")
+        for name in ("steps", "batch_size"):
+            if getattr(stage, name) < 1:
+                raise ValueError(f"{where}.{name}: {getattr(stage, name)} must be positive")
+        for name in ("distillation", "switch_fraction", "bias_frozen_fraction"):
+            if not 0 <= getattr(stage, name) <= 1:
+                raise ValueError(f"{where}.{name}: {getattr(stage, name)} must be in 0 .. 1")
+        previous = stage.num_tiers
+    if previous != config.num_tiers:
+        raise ValueError(
+            f"{path}: stages: the last stage has {previous} tiers, the model {config.num_tiers}"
+        )

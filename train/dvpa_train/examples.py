@@ -1,0 +1,233 @@
+"""Where training and evaluation examples come from: embedded graded tasks, or local files.
+
+An example is a (prompt ids, completion ids) pair. Both sources answer the same questions: what
+trains the tokenizer, which examples train the model, and which evaluate it, in disjoint parts:
+`head` (difficulty head), `fit` and `calibrate` (tier map), `test` (report).
+"""
+
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from dvpa.evaluate.outcomes import collect_outcomes
+from dvpa.evaluate.table import OutcomeTable
+from dvpa.tasks import GradedTasks, Task, TaskSet, TextCorpus, load_gsm8k, load_svamp
+from dvpa.tasks.encoding import encode_tasks
+from dvpa_train.config import DataConfig, FileData, GradedData, Recipe, StageConfig
+
+Example = tuple[list[int], list[int]]
+PARTS = ("head", "fit", "calibrate", "test")
+TOKENIZER_LINES = 20_000
+
+
+class Source(Protocol):
+    """The examples of one recipe."""
+
+    def tokenizer_lines(self) -> Iterator[str]:
+        """Text to train the tokenizer on (training part only)."""
+
+    def prepare(self, tokenizer: Any) -> None:
+        """Tokenise whatever is finite, once."""
+
+    def train_batch(
+        self, start: int, stop: int, level_weights: Sequence[float] = ()
+    ) -> list[Example]:
+        """Training examples number start .. stop - 1 of an endless seeded order.
+
+        `level_weights`: a stage's own mix of task levels, where the source has levels.
+        """
+
+    def held_out(self, sizes: Mapping[str, int]) -> dict[str, TaskSet]:
+        """Up to so many held-out tasks of each of `PARTS`; no question stands in two of them."""
+
+    def collect(self, model: Any, tokenizer: Any, tasks: TaskSet, **kwargs: Any) -> OutcomeTable:
+        """Every tier's outcome on held-out tasks."""
+
+
+def make_source(recipe: Recipe) -> Source:
+    """The source a recipe asks for."""
+    if recipe.data.graded is not None:
+        return GradedSource(recipe.data.graded, recipe.seed)
+    return FileSource(recipe.data, recipe.seed)
+
+
+class GradedSource:
+    """Seeded tasks with exact verifiers; training and held-out questions never meet."""
+
+    def __init__(self, data: GradedData, seed: int) -> None:
+        self.data, self.seed = data, seed
+        shared: dict[str, Any] = {
+            "num_facts": data.num_facts,
+            "filler": data.filler,
+            "recall_share": data.recall_share,
+        }
+        self.evaluation = GradedTasks(data.seed, level_weights=data.evaluation_weights, **shared)
+        self.mix = lru_cache(
+            lambda *weights: GradedTasks(data.seed, level_weights=(*weights, 0.0), **shared)
+        )
+        self.tokenizer: Any = None
+
+    def tokenizer_lines(self) -> Iterator[str]:
+        """Lines of every task form."""
+        return self.evaluation.training_lines(TOKENIZER_LINES)
+
+    def prepare(self, tokenizer: Any) -> None:
+        """Keep the tokenizer: examples are drawn and encoded on the fly."""
+        self.tokenizer = tokenizer
+
+    def train_batch(
+        self, start: int, stop: int, level_weights: Sequence[float] = ()
+    ) -> list[Example]:
+        """Fresh draws from the stage's mix of levels, the recipe's seed choosing the stream."""
+        mix = self.mix(*(level_weights or self.data.train_weights))
+        return encode_tasks(
+            self.tokenizer, [mix.item("train", i, self.seed) for i in range(start, stop)]
+        )
+
+    def held_out(self, sizes: Mapping[str, int]) -> dict[str, TaskSet]:
+        """`head` and `fit` share the generator's fit split: its items in order, head first."""
+        both = self.evaluation.sample("fit", sizes["head"] + sizes["fit"], seed=self.seed)
+        parts = {"head": both[: sizes["head"]], "fit": both[sizes["head"] :]}
+        for part in ("calibrate", "test"):
+            parts[part] = self.evaluation.sample(part, sizes[part], seed=self.seed)
+        return parts
+
+    def collect(self, model: Any, tokenizer: Any, tasks: TaskSet, **kwargs: Any) -> OutcomeTable:
+        """Quality: exact match under greedy decoding."""
+        return collect_outcomes(model, tokenizer, tasks, **kwargs)
+
+
+class FileSource:
+    """Word problems and plain text from local files, as (prompt, completion) language modelling."""
+
+    def __init__(self, data: DataConfig, seed: int) -> None:
+        self.data, self.seed = data, seed
+        self.train: list[Task] = []
+        self.evaluation: dict[str, list[Task]] = {part: [] for part in PARTS}
+        for file in data.files:
+            self._add(file)
+        self.examples: list[Example] = []
+        self.num_cut = 0  # training examples longer than max_length
+
+    def _add(self, file: FileData) -> None:
+        path = resolve_data(file.path)
+        kept, held = self._read(file, path)
+        self.train += kept
+        random.Random(f"{self.seed}/{path.name}").shuffle(held)
+        if file.evaluation_only:
+            self.evaluation["test"] += held
+            return
+        for i, task in enumerate(held):
+            self.evaluation[PARTS[i % len(PARTS)]].append(task)
+
+    def _read(self, file: FileData, path: Path) -> tuple[list[Task], list[Task]]:
+        """(training, held-out) tasks of one file."""
+        fraction = 1.0 if file.evaluation_only else self.data.validation_fraction
+        if file.format == "text":
+            if fraction == 1.0:
+                raise ValueError(f"data.files: {file.path}: text cannot be evaluation_only")
+            parts = TextCorpus.from_files(path).split(fraction)
+            train, held = (_passages(part, file.path) for part in parts)
+            return train, held
+        read: dict[str, Callable[[Path], TaskSet]] = {
+            "gsm8k": load_gsm8k, "svamp": load_svamp, "jsonl": TaskSet.from_jsonl
+        }  # fmt: skip
+        tasks = [replace(task, kind=path.stem) for task in read[file.format](path)]
+        random.Random(f"{self.seed}/{path.name}/split").shuffle(tasks)
+        cut = round(len(tasks) * fraction)
+        return tasks[cut:], tasks[:cut]
+
+    def tokenizer_lines(self) -> Iterator[str]:
+        """Questions, answers and passages that train the model."""
+        for task in self.train:
+            yield from task.question.splitlines()
+            yield from task.answer.splitlines()
+
+    def prepare(self, tokenizer: Any) -> None:
+        """Encode and cut every training example."""
+        limit = self.data.max_length
+        for prompt, completion in encode_tasks(tokenizer, self.train):
+            self.num_cut += len(prompt) + len(completion) > limit
+            prompt = prompt[: limit - 1]
+            self.examples.append((prompt, completion[: limit - len(prompt)]))
+
+    def train_batch(
+        self, start: int, stop: int, level_weights: Sequence[float] = ()
+    ) -> list[Example]:
+        """Epochs over the files, each in an order of its own; files have no levels to weigh."""
+        size = len(self.examples)
+        orders = {
+            epoch: np.random.default_rng((self.seed, epoch)).permutation(size)
+            for epoch in range(start // size, (stop - 1) // size + 1)
+        }
+        return [self.examples[orders[i // size][i % size]] for i in range(start, stop)]
+
+    def held_out(self, sizes: Mapping[str, int]) -> dict[str, TaskSet]:
+        """Every fourth held-out task each; evaluation-only files join the test."""
+        return {
+            part: TaskSet(f"files/{part}", tuple(self.evaluation[part][: sizes[part]]))
+            for part in PARTS
+        }
+
+    def collect(self, model: Any, tokenizer: Any, tasks: TaskSet, **kwargs: Any) -> OutcomeTable:
+        """Quality: exp(-(nll_t - nll_top)+) of the completion, design section 2."""
+        fitting = _fitting(tokenizer, tasks, model.config.max_position_embeddings)
+        table = collect_outcomes(model, tokenizer, fitting, **kwargs)
+        return replace(table, quality=np.exp(-np.maximum(table.nll - table.nll[:, -1:], 0.0)))
+
+
+def _fitting(tokenizer: Any, tasks: TaskSet, limit: int) -> TaskSet:
+    pairs = encode_tasks(tokenizer, list(tasks))
+    kept = [t for t, (p, c) in zip(tasks, pairs, strict=True) if len(p) + len(c) <= limit]
+    return TaskSet(tasks.name, tuple(kept))
+
+
+def _passages(corpus: TextCorpus, name: str, characters: int = 320) -> list[Task]:
+    """Cut text into passages at line ends: the first half the prompt, the rest its completion."""
+    passages: list[Task] = []
+    lines: list[str] = []
+    for line in corpus.lines():
+        lines.append(line)
+        if sum(map(len, lines)) >= characters:
+            half = (len(lines) + 1) // 2
+            question, answer = "\n".join(lines[:half]), "\n".join(lines[half:])
+            if question.strip() and answer.strip():
+                passages.append(Task.create(question, answer, level=0, kind=Path(name).stem))
+            lines = []
+    return passages
+
+
+def resolve_data(path: str) -> Path:
+    """A data file as given, or below the folder in DVPA_DATA (by its name).
+
+    Raises:
+        FileNotFoundError: it is in neither place.
+    """
+    tried = [Path(path)]
+    if os.environ.get("DVPA_DATA"):
+        tried.insert(0, Path(os.environ["DVPA_DATA"]) / Path(path).name)
+    for candidate in tried:
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(f"data.files: {path}: no such file (set DVPA_DATA to its folder)")
+
+
+class BatchDataset:
+    """Map-style dataset: item i is batch i of the stage, so a loader's position is one integer."""
+
+    def __init__(self, source: Source, stage: StageConfig, first: int) -> None:
+        self.source, self.stage, self.first = source, stage, first
+
+    def __len__(self) -> int:
+        return self.stage.steps
+
+    def __getitem__(self, index: int) -> list[Example]:
+        size = self.stage.batch_size
+        start = self.first + index * size
+        return self.source.train_batch(start, start + size, self.stage.level_weights)

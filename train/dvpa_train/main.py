@@ -1,0 +1,142 @@
+"""A whole progressive run: tokenizer, stages, difficulty head, tier map, checkpoint, report.
+
+A run folder holds `recipe.json`, `tokenizer/`, `training_state/`, `logs/`, `outcomes/*.jsonl`,
+`report.json` and, complete or absent, `checkpoint/`. Running the same recipe into the same folder
+resumes it.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from dvpa.evaluate.table import OutcomeTable
+from dvpa.model import DvpaForCausalLM
+from dvpa.pricing import price
+from dvpa.tasks import TaskSet, train_tokenizer
+from dvpa.tiers.calibrate import Budget, Split, fit_tier_map
+from dvpa_train.config import Recipe
+from dvpa_train.difficulty import train_head
+from dvpa_train.examples import PARTS, Source, make_source
+from dvpa_train.growth import attach_head
+from dvpa_train.stages import Run, StageReport, quiet_lightning
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A finished run: the calibrated model and everything measured on the way."""
+
+    out: Path
+    recipe: Recipe
+    model: DvpaForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    tasks: dict[str, TaskSet]  # held-out parts
+    outcomes: dict[str, OutcomeTable]
+    stages: list[StageReport]
+
+    @property
+    def checkpoint(self) -> Path:
+        """The finished checkpoint folder."""
+        return self.out / "checkpoint"
+
+
+def run_recipe(recipe: Recipe, out: Path, console: Console) -> TrainedRun:
+    """Run or resume `recipe` into `out`.
+
+    Raises:
+        ValueError: `out` holds a run of another recipe.
+    """
+    torch.set_num_threads(recipe.threads)
+    quiet_lightning()
+    transformers_logging.disable_progress_bar()
+    out.mkdir(parents=True, exist_ok=True)
+    _claim(out, recipe)
+    source = make_source(recipe)
+    tokenizer = _tokenizer(recipe, source, out)
+    source.prepare(tokenizer)
+    sizes = dict.fromkeys(PARTS, recipe.calibration.items) | {"head": recipe.difficulty.items}
+    tasks = source.held_out(sizes)  # before the training: too few items should not cost minutes
+    model, stages = Run(recipe, out, source, tokenizer, console).train()
+    model, outcomes = _score_and_calibrate(recipe, source, tokenizer, model, tasks, out, console)
+    _save(model, tokenizer, out / "checkpoint")
+    return TrainedRun(out, recipe, model, tokenizer, tasks, outcomes, stages)
+
+
+def _claim(out: Path, recipe: Recipe) -> None:
+    """Remember the recipe and its model, and refuse to mix two runs in one folder."""
+    claim = {"recipe": asdict(recipe), "model": recipe.model_config().to_dict()}
+    path, text = out / "recipe.json", json.dumps(claim, indent=1)
+    if path.is_file() and path.read_text() != text:
+        raise ValueError(
+            f"{out}: holds a run of another recipe; choose another folder or delete it"
+        )
+    path.write_text(text)
+
+
+def _tokenizer(recipe: Recipe, source: Source, out: Path) -> PreTrainedTokenizerBase:
+    folder = out / "tokenizer"
+    if not (folder / "tokenizer_config.json").is_file():
+        scratch = out / "tokenizer.tmp"
+        train_tokenizer(source.tokenizer_lines(), recipe.model_config().vocab_size, scratch)
+        os.replace(scratch, folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _score_and_calibrate(
+    recipe: Recipe,
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    model: DvpaForCausalLM,
+    tasks: dict[str, TaskSet],
+    out: Path,
+    console: Console,
+) -> tuple[DvpaForCausalLM, dict[str, OutcomeTable]]:
+    """Difficulty head, then the tier map; each on held-out tasks of its own."""
+    config = recipe.model_config()
+    config.vocab_size = len(tokenizer)
+    model = attach_head(model, config, recipe.seed).eval()
+    (out / "outcomes").mkdir(exist_ok=True)
+    outcomes = {"head": source.collect(model, tokenizer, tasks["head"])}
+    kept = set(outcomes["head"].ids)
+    head_tasks = TaskSet("head", tuple(task for task in tasks["head"] if task.id in kept))
+    fitted = train_head(
+        model, tokenizer, head_tasks, outcomes["head"], recipe.difficulty, recipe.seed
+    )
+    console.print(f"difficulty    head loss {fitted['loss_before']:.3f} -> {fitted['loss']:.3f}")
+    for part in PARTS[1:]:
+        outcomes[part] = source.collect(
+            model, tokenizer, tasks[part], uncertainty=recipe.data.graded is not None
+        )
+    for part, table in outcomes.items():
+        table.save_jsonl(out / "outcomes" / f"{part}.jsonl")
+    fit, calibrate = (
+        Split(outcomes[part].difficulty, outcomes[part].quality) for part in ("fit", "calibrate")
+    )
+    model.tier_map = fit_tier_map(
+        fit,
+        calibrate,
+        costs=[tier.activated_params for tier in price(config).tiers],
+        budget=Budget.parse(recipe.calibration.budget),
+        tier_names=config.tier_names,
+        kind=recipe.calibration.kind,
+    )
+    console.print(
+        f"calibration   {recipe.calibration.kind} tier map for {recipe.calibration.budget}"
+    )
+    return model, outcomes
+
+
+def _save(model: DvpaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Complete or absent: written beside, then renamed."""
+    scratch = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    model.save_pretrained(scratch)
+    tokenizer.save_pretrained(scratch)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(scratch, folder)
