@@ -1,0 +1,182 @@
+"""The `dvpa` command line: its parser, its errors, its exit codes.
+
+Subcommands import what they need when they run, so that `dvpa --help` is instant. Bad input ends
+with exit code 2 and one line on stderr; `DVPA_DEBUG=1` shows the traceback instead.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from dvpa import __version__
+from dvpa import cli_commands as run
+
+Command = Callable[[argparse.Namespace], None]
+BAD_INPUT = 2
+INTERRUPTED = 130  # what a shell reports for SIGINT
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's) and return its exit code."""
+    try:
+        arguments = _parser().parse_args(argv)
+        command: Command = arguments.command
+        command(arguments)
+    except _bad_input() as error:
+        if os.environ.get("DVPA_DEBUG") == "1":
+            raise
+        print(f"dvpa: error: {_one_line(error)}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("dvpa: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _bad_input() -> tuple[type[BaseException], ...]:
+    """Exceptions that mean bad input rather than a defect of ours."""
+    errors: list[type[BaseException]] = [ValueError, OSError, argparse.ArgumentError]
+    # Evaluated only when something was raised, and only then can SafetensorError be the one.
+    if "safetensors" in sys.modules:
+        from safetensors import SafetensorError
+
+        errors.append(SafetensorError)
+    return tuple(errors)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror.lower()}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line and carry the pointer to --help."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see `{self.prog} --help`)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="dvpa",
+        description="Difficulty-adaptive Mixture-of-Experts language models.",
+        epilog="example: dvpa demo && dvpa generate runs/demo/checkpoint 'your question'",
+    )
+    parser.add_argument("--version", action="version", version=f"dvpa {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, command: Command, text: str, example: str) -> argparse.ArgumentParser:
+        parser = commands.add_parser(
+            name, help=text, description=text, epilog=f"example: dvpa {name} {example}"
+        )
+        parser.set_defaults(command=command)
+        return parser
+
+    demo = add("demo", run.demo, "train nano, calibrate it, report", "--seeds 3")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
+    demo.add_argument("--seeds", type=_positive, default=1, help="train that many seeds")
+    demo.add_argument("--seed", type=_natural, default=0, help="the first seed (default: 0)")
+    demo.add_argument(
+        "--baselines",
+        action="store_true",
+        help="also train an ordinary MoE and one specialist per tier (several times as long)",
+    )
+    demo.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key of the recipe (repeatable)",
+    )
+
+    plan = add(
+        "plan",
+        run.plan,
+        "price a model per tier; needs no weights",
+        "model/dvpa-7b-32b.yaml",
+    )
+    plan.add_argument("model", metavar="MODEL.yaml", help="a model config")
+    plan.add_argument(
+        "--context", type=_natural, default=0, help="earlier tokens attended to, for FLOPs/token"
+    )
+    _add_json(plan)
+
+    init = add("init", run.init, "write a random checkpoint", "model/pico.yaml runs/pico --seed 1")
+    init.add_argument("model", metavar="MODEL.yaml", help="a model config")
+    init.add_argument("out", metavar="OUT", type=Path, help="a new folder")
+    init.add_argument("--seed", type=_natural, default=0, help="default: 0")
+
+    train = add(
+        "train",
+        run.train,
+        "run or resume a progressive training recipe",
+        "train/words.yaml --set trainer.seed=1",
+    )
+    train.add_argument("recipe", metavar="RECIPE.yaml", help="a training recipe")
+    train.add_argument("--out", help="the run's folder (default: the recipe's)")
+    train.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one key of the recipe, as in a.b=c; may be repeated",
+    )
+
+    score = add(
+        "score",
+        run.score,
+        "difficulty of a prompt and the tier it would get, without generating",
+        "runs/demo/checkpoint 'your question'",
+    )
+    _add_prompt(score)
+    _add_json(score)
+
+    generate = add(
+        "generate",
+        run.generate,
+        "stream an answer, then its telemetry",
+        "runs/demo/checkpoint 'your question' --tier top",
+    )
+    _add_prompt(generate)
+    generate.add_argument("--tier", default="auto", help="a tier's name or index (default: auto)")
+    generate.add_argument("--max-new-tokens", type=_positive, default=64, help="default: 64")
+
+    export = add(
+        "export",
+        run.export,
+        "write one tier as a plain deepseek_v3 checkpoint",
+        "runs/demo/checkpoint --tier base runs/base",
+    )
+    export.add_argument("checkpoint", metavar="CKPT", type=Path, help="a dvpa checkpoint")
+    export.add_argument("--tier", required=True, help="a tier's name or index")
+    export.add_argument("out", metavar="OUT", type=Path, help="a new folder")
+    return parser
+
+
+def _add_prompt(command: argparse.ArgumentParser) -> None:
+    command.add_argument("checkpoint", metavar="CKPT", type=Path, help="a dvpa checkpoint")
+    command.add_argument("text", help="the prompt")
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--json", metavar="FILE", help="also write the result as JSON ('-': stdout, nothing else)"
+    )
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 0 or more")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 1 or more")
+    return int(text)

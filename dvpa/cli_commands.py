@@ -1,0 +1,169 @@
+"""What each `dvpa` subcommand does: check the input, call one function, show the result."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dvpa.cli_output import console, show_plan, show_record, write_json
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    """Train nano through every stage and report; see `dvpa_train.demo`."""
+    from dvpa_train.demo import run_demo
+
+    run_demo(
+        arguments.out,
+        arguments.seeds,
+        arguments.seed,
+        arguments.baselines,
+        arguments.overrides,
+    )
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    """Price a model config per tier."""
+    from dvpa.architecture import find_config, load_architecture
+    from dvpa.pricing import price
+
+    path = find_config(arguments.model)
+    config = load_architecture(path)
+    priced = price(config, arguments.context)
+    if not write_json(arguments.json, priced.to_dict()):
+        show_plan(path.stem, config.tiers or (), priced)
+
+
+def init(arguments: argparse.Namespace) -> None:
+    """Write a random checkpoint."""
+    from dvpa.config import load_model_config
+
+    _require_new(arguments.out)
+    config = load_model_config(arguments.model)
+    with _quiet_transformers():
+        import torch
+
+        from dvpa.model import DvpaForCausalLM
+
+        torch.manual_seed(arguments.seed)
+        DvpaForCausalLM(config).save_pretrained(arguments.out)
+    console().print(f"random checkpoint (seed {arguments.seed}): {arguments.out}")
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Run or resume a training recipe."""
+    from dvpa_train.run_report import train_and_report
+
+    train_and_report(arguments.recipe, arguments.out, arguments.overrides)
+
+
+def score(arguments: argparse.Namespace) -> None:
+    """Read a prompt's difficulty and show the policy's decision."""
+    model, tokenizer = _load(arguments.checkpoint, arguments.text)
+    from dvpa.model.answer import decide, encode_prompt
+
+    input_ids = encode_prompt(model, tokenizer, arguments.text)
+    decision, score_ms = decide(model, input_ids)
+    report = {
+        "difficulty": decision.difficulty,
+        "tier": decision.tier,
+        "tier_name": decision.tier_name,
+        "decided_by": decision.decided_by,
+        "success_by_tier": decision.success_by_tier,
+        "thresholds": decision.thresholds,
+        "prompt_tokens": int(input_ids.shape[1]),
+        "score_ms": score_ms,
+    }
+    if not write_json(arguments.json, report):
+        show_record("score", report)
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """Stream an answer, then its telemetry."""
+    model, tokenizer = _load(arguments.checkpoint, arguments.text)
+    from dvpa.model.answer import stream
+
+    tier = arguments.tier
+    if tier != "auto":
+        tier = model.config.tier_index(tier)
+    for piece in stream(model, tokenizer, arguments.text, tier, arguments.max_new_tokens):
+        if isinstance(piece, str):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        else:
+            sys.stdout.write("\n\n")
+            show_record("telemetry", piece.telemetry.to_dict())
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write one tier as a plain deepseek_v3 checkpoint."""
+    _require_checkpoint(arguments.checkpoint)
+    _require_new(arguments.out)
+    with _quiet_transformers(), _reading(arguments.checkpoint):
+        from dvpa.checkpoint.export import export_tier
+
+        export_tier(arguments.checkpoint, arguments.tier, arguments.out)
+    console().print(f"deepseek_v3 checkpoint of tier {arguments.tier}: {arguments.out}")
+
+
+def _load(checkpoint: Path, text: str) -> tuple[Any, Any]:
+    """Model and tokenizer of a checkpoint that is about to read the prompt `text`."""
+    if not text.strip():
+        raise ValueError("text: the prompt is empty")
+    _require_checkpoint(checkpoint)
+    with _quiet_transformers(), _reading(checkpoint):
+        from dvpa.model.answer import load
+
+        loaded: tuple[Any, Any] = load(checkpoint)
+    return loaded
+
+
+def _require_checkpoint(checkpoint: Path) -> None:
+    """Check before anything heavy is imported that `checkpoint` is a dvpa checkpoint folder."""
+    config = checkpoint / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"{checkpoint}: not a checkpoint folder (no config.json there)")
+    try:
+        data = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config}: not valid JSON: {error}") from None
+    model_type = data.get("model_type") if isinstance(data, dict) else None
+    if model_type != "dvpa":
+        raise ValueError(f"{config}: model_type: {model_type!r} must be 'dvpa'")
+
+
+def _require_new(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"OUT: {out} exists already and is not an empty folder")
+
+
+@contextmanager
+def _reading(checkpoint: Path) -> Iterator[None]:
+    """Name the checkpoint in whatever a damaged one makes the libraries raise."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, EOFError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{checkpoint}: the checkpoint cannot be read: {error}") from error
+    except (ValueError, OSError) as error:
+        if str(checkpoint) in str(error):
+            raise
+        raise ValueError(f"{checkpoint}: {error}") from error
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and no advice from Transformers between us and the one clear line."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        logging.enable_progress_bar()
