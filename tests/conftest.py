@@ -1,0 +1,31 @@
+"""What every test shares: one thread, no network, and where real data lies."""
+
+import os
+
+# Before anything imports torch, transformers or wandb: they read these once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+# No deadline: the first call of an example pays for imports, and shared machines stall.
+hypothesis.settings.register_profile("dvpa", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("dvpa")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of real inputs: $DVPA_DATA, else `shared/data` beside the repository."""
+    folder = Path(os.environ.get("DVPA_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real inputs: {folder} is not a folder; set DVPA_DATA")
+    return folder
