@@ -1,0 +1,153 @@
+"""Render docs/benchmarks/*.json into docs/benchmarks.md.
+
+python scripts/render_benchmarks.py
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
+HEADER = """# Benchmarks
+
+Rendered by `scripts/render_benchmarks.py` from `docs/benchmarks/*.json`; every number was measured
+by the command named beside it, contenders in the same run.
+"""
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def machine(environment: dict[str, str]) -> str:
+    """One line about where it was measured."""
+    return "Measured on: " + ", ".join(f"{key} {value}" for key, value in environment.items()) + "."
+
+
+def render_demo(report: dict[str, Any]) -> str:
+    """The kept demo run: levels, routers, baselines."""
+    seeds = ", ".join(map(str, report["seeds"]))
+    adaptive = report["routers"]["adaptive"]
+    levels = [
+        [f"level {level}", *(f"{tier['quality_by_level'][i]:.3f}" for tier in report["tiers"])]
+        for i, level in enumerate(report["levels"])
+    ]
+    levels.append(["**all**", *(f"**{tier['quality']:.3f}**" for tier in report["tiers"])])
+    names = [f"{t['name']} ({t['activated_params'] / 1e3:,.0f}k)" for t in report["tiers"]]
+    rows = []
+    for name, row in report["routers"].items():
+        low, high = row["ci95"]
+        difference = row.get("adaptive_minus")
+        requests = difference and difference.get("ci95_requests", difference["ci95"])
+        rows.append(
+            [
+                f"**{name}**" if name == "adaptive" else name,
+                f"{row['quality']:.3f}",
+                f"{low:.3f} .. {high:.3f}",
+                f"{row['mean_activated_params'] / 1e3:,.0f}k",
+                f"{row.get('relative_cost', float('nan')):.0%}",
+                f"{row['ms_per_request']:.2f}" if "ms_per_request" in row else "",
+                f"{row['training_flops'] / 1e12:.1f}" if "training_flops" in row else "",
+                ""
+                if not difference
+                else f"{difference['difference']:+.3f} ({requests[0]:+.3f} .. {requests[1]:+.3f})",
+            ]
+        )
+    nested = sum(stage["training_flops"] for stage in report.get("stages", []))
+    return "\n\n".join(
+        [
+            f"## The demo: nano, seeds {seeds}",
+            "`dvpa demo --seeds 3 --baselines`; means over seeds, held-out requests. Adaptive "
+            f"keeps **{report['quality_kept']:.1%}** of the top tier's quality at "
+            f"**{adaptive['relative_cost']:.0%}** of its mean activated parameters (head and "
+            f"redone probe layers included); APGR {report['apgr']:.2f} (random mixing is 0.50).",
+            table(["quality", *names], levels),
+            "Routers. 95 % intervals are over seeds (t); the last column is the paired bootstrap "
+            f"over requests. Nested training took {nested / 1e12:.1f} TFLOPs a seed; `fixed_*`: "
+            "an ordinary MoE of the same size and FLOPs run at each tier's k, `specialist_*` "
+            "one model per tier trained alone, all of them together for the same FLOPs.",
+            table(
+                [
+                    "router",
+                    "quality",
+                    "95 %",
+                    "activated",
+                    "of top",
+                    "ms/request",
+                    "TFLOPs",
+                    "adaptive minus",
+                ],
+                rows,
+            ),
+            machine(report["environment"]),
+        ]
+    )
+
+
+def render_tiers(result: dict[str, Any]) -> str:
+    """Forward-pass time per tier beside Transformers."""
+    parts = [
+        "## One forward pass per tier, beside Transformers' DeepseekV3 on the exported tier",
+        f"`python scripts/bench_tiers.py`: fp32, {result['threads']} thread(s), median of "
+        f"{result['rounds']} interleaved rounds; ratio: Transformers' CPU time over ours.",
+    ]
+    rows = []
+    for work in result["work"]:
+        for contender, median in work["medians"].items():
+            package, tier = contender.split(" ")
+            if package != "dvpa":
+                continue
+            peer = work["medians"].get(f"transformers {tier}")
+            rows.append(
+                [
+                    work["work"],
+                    tier,
+                    f"{median['cpu_ms']:.1f}",
+                    f"{median['wall_ms']:.1f}",
+                    f"{peer['cpu_ms']:.1f}" if peer else "",
+                    f"{peer['cpu_ms'] / median['cpu_ms']:.2f}" if peer else "",
+                ]
+            )
+    head = ["work", "tier", "dvpa CPU ms", "dvpa wall ms", "Transformers CPU ms", "ratio"]
+    return "\n\n".join([*parts, table(head, rows), machine(result["environment"])])
+
+
+def render_words(report: dict[str, Any]) -> str:
+    """The real-text run."""
+    rows = [
+        [f"{row['kind']} ({row['num_requests']})", *(f"{nll:.4f}" for nll in row["nll_by_tier"])]
+        for row in report["by_kind"]
+    ]
+    rows.append(["all", *(f"{tier['nll']:.4f}" for tier in report["tiers"])])
+    difficulty = report["difficulty"]
+    return "\n\n".join(
+        [
+            "## Real text and real problems: words",
+            f"`dvpa train train/words.yaml`, seed {report['seed']}: held-out nll per token (nats) "
+            "by tier. Difficulty against quality lost at the base tier: Spearman "
+            f"{difficulty['spearman_by_tier'][0]:.3f}, partial given log prompt length "
+            f"{difficulty['partial_spearman_by_tier'][0]:.3f} (length alone "
+            f"{difficulty['length_spearman_by_tier'][0]:.3f}).",
+            table(["examples", *(tier["name"] for tier in report["tiers"])], rows),
+            machine(report["environment"]),
+        ]
+    )
+
+
+RENDERERS = {"demo": render_demo, "words": render_words, "tiers": render_tiers}
+
+
+def main() -> None:
+    """Write docs/benchmarks.md."""
+    parts = [HEADER.strip()]
+    for name, render in RENDERERS.items():
+        path = FOLDER / f"{name}.json"
+        if path.is_file():
+            parts.append(render(json.loads(path.read_text())))
+    (FOLDER.parent / "benchmarks.md").write_text("\n\n".join(parts) + "\n")
+
+
+if __name__ == "__main__":
+    main()
