@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from dvpa.config import DvpaConfig
 from dvpa.model.attention import DvpaRMSNorm
 
+# Without it the head memorises its few thousand prompts and neglects the three certainties.
+STATE_DROPOUT = 0.5
 NUM_CERTAINTIES = 3
 
 
@@ -59,8 +61,9 @@ class DifficultyHead(nn.Module):
         mask_BS = mask_BS.bool()
         scores_BS = self.query(states).squeeze(-1).float().masked_fill(~mask_BS, float("-inf"))
         pooled_BD = torch.einsum("bs,bsd->bd", scores_BS.softmax(-1).to(states.dtype), states)
-        certain = certainty(logits_BV.detach()).to(states.dtype)
-        features = torch.cat((pooled_BD, last_position(states, mask_BS), certain), -1)
+        read = torch.cat((pooled_BD, last_position(states, mask_BS)), -1)
+        read = F.dropout(read, STATE_DROPOUT, training=self.training)
+        features = torch.cat((read, certainty(logits_BV.detach()).to(read.dtype)), -1)
         return self.on_scale(self.fc2(F.gelu(self.fc1(features))).squeeze(-1).float())
 
     def on_scale(self, z_B: Tensor) -> HeadOutput:

@@ -88,10 +88,10 @@ class StageConfig:
 class DifficultyStage:
     """Head training on the checkpoint's own outcomes; the backbone is frozen."""
 
-    items: int = 3000
-    steps: int = 400
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.02
+    items: int = 2500
+    steps: int = 800
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.3
     batch_size: int = 256
 
 

@@ -53,24 +53,27 @@ def train_head(
         head.parameters(), lr=stage.learning_rate, weight_decay=stage.weight_decay
     )
 
-    def loss(rows: Tensor) -> Tensor:
-        success = head(states[rows], mask[rows], lens[rows]).success
+    def loss(rows: Tensor, training: bool) -> Tensor:
+        success = head.train(training)(states[rows], mask[rows], lens[rows]).success
         return F.binary_cross_entropy(success.clamp(1e-6, 1 - 1e-6), quality[rows])
 
     with torch.no_grad():
-        first = best = float(loss(held))
+        first = best = float(loss(held, training=False))
     best_state = deepcopy(head.state_dict())
-    for step in range(1, stage.steps + 1):
-        rows = kept[torch.randint(len(kept), (stage.batch_size,), generator=generator)]
-        optimizer.zero_grad()
-        loss(rows).backward()
-        optimizer.step()
-        if step % CHECK_EVERY == 0:
-            with torch.no_grad():
-                current = float(loss(held))
-            if current < best:
-                best, best_state = current, deepcopy(head.state_dict())
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # of the dropout
+        for step in range(1, stage.steps + 1):
+            rows = kept[torch.randint(len(kept), (stage.batch_size,), generator=generator)]
+            optimizer.zero_grad()
+            loss(rows, training=True).backward()
+            optimizer.step()
+            if step % CHECK_EVERY == 0:
+                with torch.no_grad():
+                    current = float(loss(held, training=False))
+                if current < best:
+                    best, best_state = current, deepcopy(head.state_dict())
     head.load_state_dict(best_state)
+    head.eval()
     return {"loss_before": first, "loss": best}
 
 
