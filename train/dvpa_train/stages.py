@@ -138,7 +138,7 @@ class Run:
         return module.model, report
 
     def _loggers(self) -> list[Any]:
-        loggers: list[Any] = [CSVLogger(self.out, name="logs", version="")]
+        loggers: list[Any] = [CSVLogger(self.out, name="logs")]
         mode = os.environ.get("WANDB_MODE", self.recipe.wandb_mode)
         if mode != "disabled":
             os.environ.setdefault("WANDB_SILENT", "true")  # its banner would tear the progress line
