@@ -18,8 +18,8 @@ NUM_KEYS = len(SYLLABLES) ** 2
 
 
 def copy(draws: Draws) -> tuple[str, str]:
-    """Level 0: two to four letters again."""
-    letters = _letters(draws, 2, 4)
+    """Level 0: three or four letters again."""
+    letters = _letters(draws, 3, 4)
     return f"copy {' '.join(letters)} =", " ".join(letters)
 
 
