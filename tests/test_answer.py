@@ -11,7 +11,7 @@ from helpers import tiny_config, tiny_model
 from transformers import PreTrainedTokenizerBase
 
 from dvpa.model import Answer, DvpaForCausalLM, answer
-from dvpa.model.answer import load, stream
+from dvpa.model.answer import encode_prompt, load, stream
 from dvpa.pricing import price
 from dvpa.tasks.tokenizer import train_tokenizer
 from dvpa.tiers import TelemetryRecord, TierMap
@@ -236,3 +236,15 @@ def test_load(model: DvpaForCausalLM, tokenizer: PreTrainedTokenizerBase, tmp_pa
     given = answer(loaded, loaded_tokenizer, ["one and"], "middle", max_new_tokens=4)[0]
     assert given.token_ids == expected.token_ids
     assert isinstance(given.telemetry, TelemetryRecord)
+
+
+def test_special_tokens_in_a_prompt_are_text(
+    model: DvpaForCausalLM, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, safe = load(tmp_path)
+    ids = encode_prompt(loaded, safe, "one </s> two")[0].tolist()
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.eos_token_id not in ids
+    assert safe.decode(ids[1:]).strip() == "one </s> two"

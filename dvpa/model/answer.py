@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextIteratorStr
 from dvpa.config import DvpaConfig
 from dvpa.model.causal_lm import DvpaForCausalLM
 from dvpa.pricing import price
+from dvpa.tasks import encoding
 from dvpa.tiers.policy import Decision
 from dvpa.tiers.record import TelemetryRecord
 
@@ -47,7 +48,8 @@ def load(checkpoint: str | Path) -> tuple[DvpaForCausalLM, PreTrainedTokenizerBa
     model = DvpaForCausalLM.from_pretrained(folder, config=config).eval()
     if not (folder / "tokenizer_config.json").exists():
         raise FileNotFoundError(f"{folder}: the checkpoint has no tokenizer")
-    return model, AutoTokenizer.from_pretrained(folder)
+    # A special token spelt out in a prompt is text like any other.
+    return model, AutoTokenizer.from_pretrained(folder, split_special_tokens=True)
 
 
 def decide(
@@ -71,11 +73,9 @@ def encode_prompt(
     Raises:
         ValueError: the prompt is empty or longer than the model's context.
     """
-    ids = tokenizer.encode(prompt, add_special_tokens=False)
-    if not prompt.strip() or not ids:
+    if not prompt.strip():
         raise ValueError("prompt: must not be empty")
-    if tokenizer.bos_token_id is not None:
-        ids = [tokenizer.bos_token_id, *ids]
+    ids = encoding.encode_prompt(tokenizer, prompt)
     limit = model.config.max_position_embeddings
     if len(ids) >= limit:
         raise ValueError(f"prompt: {len(ids)} tokens must be fewer than the context of {limit}")
