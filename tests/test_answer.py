@@ -55,10 +55,12 @@ def test_an_answer_is_greedy_generate_at_its_tier(
     for prompt, given in zip(PROMPTS, answers, strict=True):
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         assert ids[0, 0] == tokenizer.bos_token_id
+        tiers = torch.zeros_like(ids)  # the base tier reads the prompt
+        tiers[:, -1] = given.telemetry.tier  # the answer begins at the chosen one
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            tiers=given.telemetry.tier,
+            tiers=tiers,
             max_new_tokens=6,
             do_sample=False,
         )
@@ -102,10 +104,10 @@ def test_telemetry_of_a_decided_request(
     assert record.prompt_tokens == len(ids)
     assert record.completion_tokens == len(given.token_ids) <= 5
     assert sum(record.tier_tokens) == record.tier_tokens[record.tier] == len(given.token_ids)
-    passes = len(ids) + len(given.token_ids) - 1
-    decoding = passes * priced.tiers[record.tier].flops_per_token
-    scoring = priced.probe_flops_per_token * len(ids) + priced.head_flops_per_request
-    assert record.flops == decoding + scoring
+    # The base tier reads the prompt, the chosen tier its last token and all but the answer's last.
+    reading = len(ids) * priced.tiers[0].flops_per_token + priced.head_flops_per_request
+    decoding = len(given.token_ids) * priced.tiers[record.tier].flops_per_token
+    assert record.flops == reading + decoding
     assert (record.escalations, record.queue_ms) == (0, 0.0)
     assert 0 < record.score_ms <= record.ttft_ms <= record.total_ms
     assert len(record.request_id) == 32

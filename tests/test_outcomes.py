@@ -107,6 +107,32 @@ def test_exact_match_is_what_greedy_generation_does(
     assert (table.quality.mean(axis=0) > 0.2).all() and (table.quality.mean(axis=0) < 1).all()
 
 
+def test_a_prompt_read_by_the_base_tier_is_answered_as_routed_requests_are(
+    model: DvpaForCausalLM, tokenizer: Any
+) -> None:
+    """`prompt_tier=0` scores what `generate` does over a cache that the base tier has written."""
+    table = collect_outcomes(model, tokenizer, TASKS, prompt_tier=0)
+    for tier in range(model.config.num_tiers):
+        for row in range(0, len(TASKS), 5):
+            prompt, answer = encode_task(tokenizer, TASKS[row].question, TASKS[row].answer)
+            ids = torch.tensor([prompt])
+            tiers = torch.zeros_like(ids)
+            tiers[:, -1] = tier
+            made = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                tiers=tiers,
+                do_sample=False,
+                max_new_tokens=len(answer),
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )[0, len(prompt) :].tolist()
+            assert (made == answer) == bool(table.quality[row, tier]), (row, tier)
+    whole = collect_outcomes(model, tokenizer, TASKS)
+    np.testing.assert_array_equal(table.nll[:, 0], whole.nll[:, 0])  # the base tier either way
+    assert (table.nll[:, 1:] != whole.nll[:, 1:]).any()
+
+
 def test_nll_matches_a_request_on_its_own(
     model: DvpaForCausalLM, tokenizer: Any, table: OutcomeTable
 ) -> None:

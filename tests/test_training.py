@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from dvpa.evaluate.outcomes import collect_outcomes
 from dvpa.model import DvpaForCausalLM
 from dvpa_train.config import load_recipe
-from dvpa_train.main import TrainedRun, run_recipe
+from dvpa_train.main import TrainedRun, routed_costs, run_recipe
 from dvpa_train.run_report import report_run
 
 RECIPE = "train/pico.yaml"
@@ -78,6 +78,7 @@ def test_the_report_has_every_tier_and_the_head(trained: TrainedRun) -> None:
     assert stored == json.loads(json.dumps(report))
     assert [tier["name"] for tier in report["tiers"]] == trained.model.config.tier_names
     table = collect_outcomes(trained.model, trained.tokenizer, trained.tasks["test"])
+    assert (table.nll == trained.outcomes["test_whole"].nll).all()
     for tier, row in enumerate(report["tiers"]):
         assert row["nll"] == pytest.approx(table.nll[:, tier].mean())
     assert len(report["difficulty"]["partial_spearman_by_tier"]) == 3
@@ -158,3 +159,17 @@ def test_a_missing_recipe_or_data_file_is_named(tmp_path: Path) -> None:
     ]
     with pytest.raises(FileNotFoundError, match=r"missing\.jsonl"):
         _run(tmp_path / "run", overrides)
+
+
+def test_routed_costs_count_every_position_once(trained: TrainedRun) -> None:
+    requests = trained.outcomes["calibrate"]
+    costs = routed_costs([100.0, 200.0, 400.0], requests)
+    read = requests.prompt_tokens - 1
+    answered = requests.completion_tokens[:, 0]
+    naive = [
+        (100.0 * read + cost * answered).sum() / (read + answered).sum()
+        for cost in (100.0, 200.0, 400.0)
+    ]
+    assert costs == pytest.approx(naive)
+    assert costs[0] == 100.0
+    assert list(trained.model.tier_map.costs) == sorted(trained.model.tier_map.costs)

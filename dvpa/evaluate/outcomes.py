@@ -38,15 +38,19 @@ def collect_outcomes(
     batch_size: int = 256,
     progress: Progress | None = None,
     uncertainty: bool = False,
+    prompt_tier: int | None = None,
 ) -> OutcomeTable:
     """Outcomes of every tier of `model` on `tasks` (a TaskSet, or any sequence of Task).
+
+    `prompt_tier`: the tier that reads the prompt up to its last token, as `answer` does with the
+    base tier (0) for requests it routes; None: the answering tier reads it too.
 
     Difficulty is read from the prompt tokens alone (NaN without a head). `uncertainty=True` also
     decodes the base tier's wrong answers, for the cascade baseline. Deterministic; the model is
     left in the mode it was in. ValueError for no tasks, or a task longer than the model's context.
     """
     pairs = encode_tasks(tokenizer, tasks)
-    table = _collect(model, pairs, batch_size, progress)
+    table = _collect(model, pairs, batch_size, progress, prompt_tier)
     table = replace(
         table,
         ids=[task.id for task in tasks],
@@ -91,6 +95,7 @@ def _collect(
     pairs: list[tuple[list[int], list[int]]],
     batch_size: int,
     progress: Progress | None,
+    prompt_tier: int | None = None,
 ) -> OutcomeTable:
     """Table of exact matches and mean nll per answer token; ids are positions, kinds empty."""
     if not pairs:
@@ -117,7 +122,9 @@ def _collect(
             rows = order[start : start + batch_size]
             batch = [pairs[row] for row in rows]
             for tier in range(num_tiers):
-                quality[rows, tier], nll[rows, tier] = _teacher_forced(model, batch, tier)
+                quality[rows, tier], nll[rows, tier] = _teacher_forced(
+                    model, batch, tier, prompt_tier
+                )
             difficulty[rows] = _difficulty(model, [prompt for prompt, _ in batch])
             if progress is not None:
                 progress(start + len(rows), num_requests)
@@ -134,7 +141,7 @@ def _collect(
 
 
 def _teacher_forced(
-    model: Any, batch: list[tuple[list[int], list[int]]], tier: int
+    model: Any, batch: list[tuple[list[int], list[int]]], tier: int, prompt_tier: int | None
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """(exact match [B], mean nll per answer token [B]) of one right-padded pass at `tier`."""
     # pad_id is masked out everywhere below; any valid id will do.
@@ -144,8 +151,12 @@ def _teacher_forced(
         answers[index, len(prompt) : len(prompt) + len(answer)] = True
     device = model.device
     input_ids = torch.from_numpy(ids).to(device)
+    tiers: int | torch.Tensor = tier
+    if prompt_tier is not None:
+        last = torch.tensor([[len(prompt) - 1] for prompt, _ in batch])
+        tiers = torch.where(torch.arange(ids.shape[1]) < last, prompt_tier, tier).to(device)
     output = model(
-        input_ids, attention_mask=torch.from_numpy(mask).to(device), tiers=tier, use_cache=False
+        input_ids, attention_mask=torch.from_numpy(mask).to(device), tiers=tiers, use_cache=False
     )
     # Keep only positions that predict an answer token: [A, V] with A = answer tokens of the batch.
     is_answer = torch.from_numpy(answers[:, 1:]).to(device)

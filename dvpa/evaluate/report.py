@@ -43,6 +43,8 @@ def build_report(
     questions: Mapping[str, str] | None = None,
     overhead: Sequence[float] | None = None,
     ms_by_tier: Sequence[float] | None = None,
+    whole: OutcomeTable | None = None,
+    whole_costs: Sequence[float] | None = None,
     samples: Sequence[Mapping[str, Any]] = (),
     wall_seconds: float | None = None,
     title: str = "dvpa demo",
@@ -51,8 +53,8 @@ def build_report(
     """The report of one seed; all qualities are on `test`, which neither the head nor the tier map
     has seen.
 
-    `questions`, `overhead`, `ms_by_tier`: see `compare_routers`. A sample: {question, text,
-    expected, telemetry}.
+    `questions`, `overhead`, `ms_by_tier`, `whole`, `whole_costs`: see `compare_routers`. A sample:
+    {question, text, expected, telemetry}.
     """
     costs, names = list(tier_map.costs), list(tier_map.tier_names)
     tfidf = None
@@ -66,11 +68,15 @@ def build_report(
         tfidf=tfidf,
         overhead=overhead,
         ms_by_tier=ms_by_tier,
+        whole=whole,
+        whole_costs=whole_costs,
         num_resamples=num_resamples,
         seed=seed,
     )
     frontier = routing_frontier(fit, calibrate, test, tier_map, overhead=overhead, seed=seed)
-    mean_quality = test.quality.mean(axis=0)
+    whole = test if whole is None else whole
+    costs = costs if whole_costs is None else list(whole_costs)
+    mean_quality = whole.quality.mean(axis=0)
     base = (float(costs[0]), float(mean_quality[0]))
     top = (float(costs[-1]), float(mean_quality[-1]))
     # Without difficulties there is no sweep: the adaptive curve is its one operating point.
@@ -80,13 +86,13 @@ def build_report(
     levels = sorted(set(test.level.tolist()))
     tiers = []
     for tier, name in enumerate(names):
-        by_level = [float(test.quality[test.level == level, tier].mean()) for level in levels]
+        by_level = [float(whole.quality[whole.level == level, tier].mean()) for level in levels]
         entry: dict[str, Any] = {
             "name": name,
             "activated_params": float(costs[tier]),
             "quality": float(mean_quality[tier]),
             "quality_by_level": by_level,
-            "nll": float(test.nll[:, tier].mean()),
+            "nll": float(whole.nll[:, tier].mean()),
         }
         if ms_by_tier is not None:
             entry["ms_per_request"] = float(ms_by_tier[tier])

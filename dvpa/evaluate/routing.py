@@ -103,6 +103,8 @@ def compare_routers(
     tfidf: Scores | None = None,
     overhead: Sequence[float] | None = None,
     ms_by_tier: Sequence[float] | None = None,
+    whole: OutcomeTable | None = None,
+    whole_costs: Sequence[float] | None = None,
     baseline_kind: str | None = None,
     num_resamples: int = 2000,
     seed: int = 0,
@@ -116,7 +118,11 @@ def compare_routers(
     tier [T] (default 0);
                    charged to `adaptive`, and granted to every router that is matched to it.
     ms_by_tier     measured milliseconds per request at each tier [T]; rows then carry
-    `ms_per_request`. baseline_kind  tier map kind of the score-based baselines; default: the kind
+    `ms_per_request`.
+    whole, whole_costs  the test requests answered by one tier from the first prompt token on, and
+    what that costs [T]; the `always_<tier>` rows then show these, where the routers' tables have
+    the base tier read the prompt. Default: the same as the routers'.
+    baseline_kind  tier map kind of the score-based baselines; default: the kind
     of `tier_map`.
 
     A row: quality, mean_activated_params, ci95 (bootstrap over requests), standard_error,
@@ -134,6 +140,11 @@ def compare_routers(
         if len(table) == 0:
             raise ValueError(f"{split} table has no requests")
     quality = test.quality
+    whole = test if whole is None else whole
+    whole_quality = whole.quality
+    whole_price = costs if whole_costs is None else np.asarray(whole_costs, dtype=float)
+    if whole.ids != test.ids:
+        raise ValueError("whole must hold the requests of the test table, in their order")
     adaptive = adaptive_tiers(tier_map, test.difficulty)
     extra = np.zeros(len(costs)) if overhead is None else np.asarray(overhead, dtype=float)
     target = float((costs + extra)[adaptive].mean())
@@ -141,7 +152,7 @@ def compare_routers(
 
     # router -> (tier that answered [N], cost of answering at each tier [T])
     choices: dict[str, tuple[IntArray, FloatArray]] = {
-        f"always_{name}": (np.full(len(test), tier, dtype=np.int64), costs)
+        f"always_{name}": (np.full(len(test), tier, dtype=np.int64), whole_price)
         for tier, name in enumerate(names)
     }
     mix = random_mix(costs, target)
@@ -165,7 +176,12 @@ def compare_routers(
 
     order = [*(f"always_{name}" for name in names), "random", *scored]
     order += ["adaptive", "oracle_at_budget", "oracle"]
-    values = {name: quality[np.arange(len(test)), tiers] for name, (tiers, _) in choices.items()}
+    values = {
+        name: (whole_quality if name.startswith("always_") else quality)[
+            np.arange(len(test)), tiers
+        ]
+        for name, (tiers, _) in choices.items()
+    }
     values["random"] = mix.expected(quality)
     columns = np.stack([values[name] for name in order], axis=1)
     replicates = dict(zip(order, bootstrap_means(columns, num_resamples, seed).T, strict=True))
@@ -188,7 +204,7 @@ def compare_routers(
             "mean_activated_params": mean_cost,
             "ci95": list(percentile_interval(replicates[name])),
             "standard_error": float(replicates[name].std(ddof=1)),
-            "relative_cost": mean_cost / float(costs[-1]),
+            "relative_cost": mean_cost / float(whole_price[-1]),
             "tier_share": share.tolist(),
         }
         if ms_by_tier is not None:

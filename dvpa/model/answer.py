@@ -1,8 +1,11 @@
-"""Answers with telemetry: load a checkpoint, score, choose a tier, decode with `generate`.
+"""Answers with telemetry, through Transformers' own `generate`: load, score, choose a tier, decode.
 
-One request at a time or one batch; no queue, no escalation (those belong to the engine). The tier
-is decided before decoding, so that its reason can be reported; the prompt's trunk and probe layers
-are therefore run once for the score and once more inside `generate`, and `flops` counts both.
+A request that the policy routes is read once, by the base tier: that pass gives the difficulty, and
+its keys and values are kept. The prompt's last token and the answer then run at the chosen tier,
+over a cache another tier has written, which training prepares for (`switch_fraction`). A request
+with a tier of its own (`tier=...`), or without a usable score, is read by the tier that answers.
+
+One request at a time; no queue, no escalation while decoding (those belong to the engine).
 """
 
 import time
@@ -15,6 +18,7 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextIteratorStreamer
+from transformers.cache_utils import DynamicCache
 
 from dvpa.config import DvpaConfig
 from dvpa.model.causal_lm import DvpaForCausalLM
@@ -65,6 +69,24 @@ def decide(
     return decision, 1000 * (time.perf_counter() - start)
 
 
+def read_prompt(model: DvpaForCausalLM, input_ids: torch.Tensor) -> tuple[float, DynamicCache]:
+    """One base-tier pass over a prompt [1, S]: difficulty, and the cache of its first S - 1 tokens.
+
+    Raises:
+        ValueError: the model has no difficulty head.
+    """
+    if model.config.difficulty is None:
+        raise ValueError("difficulty: this checkpoint has no difficulty head")
+    with torch.inference_mode():
+        out = model.model(input_ids, tiers=0, use_cache=True, output_hidden_states=True)
+        states = out.layer_states[model.config.difficulty.probe_layer]
+        head = model.assess(states, torch.ones_like(input_ids))
+        cache = DynamicCache(config=model.config)
+        for index, layer in enumerate(out.past_key_values.layers):
+            cache.update(layer.keys[..., :-1, :], layer.values[..., :-1, :], index)
+    return float(head.difficulty), cache
+
+
 def encode_prompt(
     model: DvpaForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str
 ) -> torch.Tensor:
@@ -102,7 +124,13 @@ def stream(
     begin = time.perf_counter()
     input_ids = encode_prompt(model, tokenizer, prompt)
     room = model.config.max_position_embeddings - input_ids.shape[1]
-    decision, score_ms = decide(model, input_ids, tier)
+    difficulty, cache, score_ms = None, None, 0.0
+    if tier == "auto" and model.difficulty_head is not None:
+        difficulty, cache = read_prompt(model, input_ids)
+        score_ms = 1000 * (time.perf_counter() - begin)
+    decision = model.policy.decide(difficulty, tier=tier)
+    if decision.decided_by == "fallback" or input_ids.shape[1] == 1:
+        cache = None
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     result: list[torch.Tensor | BaseException] = []
 
@@ -115,6 +143,7 @@ def stream(
                     tiers=torch.tensor([decision.tier], device=input_ids.device),
                     max_new_tokens=min(max_new_tokens, room),
                     streamer=streamer,
+                    past_key_values=cache,
                     **{"do_sample": False, **sampling},
                 )
             )
@@ -147,6 +176,7 @@ def stream(
             score_ms,
             first_ms or total_ms,
             total_ms,
+            routed=cache is not None,
         ),
     )
 
@@ -176,16 +206,16 @@ def _record(
     score_ms: float,
     ttft_ms: float,
     total_ms: float,
+    routed: bool,
 ) -> TelemetryRecord:
     model_price = price(model.config)
     tier_price = model_price.tiers[decision.tier]
-    scoring = 0
-    # The head ran, also where its score was unusable and the policy fell back.
-    if decision.decided_by != "override" and model.difficulty_head is not None:
-        scoring = model_price.probe_flops_per_token * prompt_tokens
-        scoring += model_price.head_flops_per_request
-    # The last token is produced but never fed back.
-    decoded = prompt_tokens + max(completion_tokens - 1, 0)
+    # The head ran, also where its score was unusable and the policy fell back. The last token is
+    # produced but never fed back.
+    scored = decision.decided_by != "override" and model.difficulty_head is not None
+    read = model_price.tiers[0].flops_per_token * prompt_tokens
+    scoring = read + model_price.head_flops_per_request if scored else 0
+    decoded = completion_tokens if routed else prompt_tokens + max(completion_tokens - 1, 0)
     tier_tokens = [0] * model.config.num_tiers
     tier_tokens[decision.tier] = completion_tokens
     return TelemetryRecord(

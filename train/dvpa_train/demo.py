@@ -23,7 +23,7 @@ from dvpa.tasks import Task
 from dvpa.tasks.encoding import encode_tasks, left_pad
 from dvpa_train.baselines import baseline_rows
 from dvpa_train.config import load_recipe
-from dvpa_train.main import TrainedRun, run_recipe
+from dvpa_train.main import WHOLE, TrainedRun, run_recipe
 from dvpa_train.tables import print_report
 
 RECIPE = "train/nano.yaml"
@@ -91,6 +91,8 @@ def _one_seed(
         questions={task.id: task.question for part in tasks.values() for task in part},
         overhead=head_overhead(trained),
         ms_by_tier=measure_ms(trained),
+        whole=tables[WHOLE],
+        whole_costs=[tier.activated_params for tier in price(trained.model.config).tiers],
         samples=_samples(trained),
         wall_seconds=time.perf_counter() - started,
     )
@@ -105,16 +107,15 @@ def _one_seed(
 def head_overhead(trained: TrainedRun) -> list[float]:
     """What the adaptive route adds, in activated parameters per token of a request, by chosen tier.
 
-    The head and its logit lens once per request; above the base tier also the base-tier probe
-    layers, which are redone.
+    The head and its logit lens once per request; above the base tier also the prompt's last token,
+    which the base tier has read for the score and the chosen tier reads again.
     """
     test = trained.outcomes["test"]
-    prompt = float(test.prompt_tokens.mean())
-    total = prompt + float(test.completion_tokens.mean())
+    tokens = float((test.prompt_tokens - 1 + test.completion_tokens[:, 0]).mean())
     cost = price(trained.model.config)
-    head = cost.head_flops_per_request / 2 / total
-    redone = cost.redo_flops_per_token / 2 * prompt / total
-    return [head if tier == 0 else head + redone for tier in range(trained.model.config.num_tiers)]
+    head = cost.head_flops_per_request / 2 / tokens
+    again = cost.probe_flops_per_token / 2 / tokens
+    return [head if tier == 0 else head + again for tier in range(trained.model.config.num_tiers)]
 
 
 def measure_ms(trained: TrainedRun, batch: int = 32, rounds: int = 5) -> list[float]:

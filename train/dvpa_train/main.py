@@ -8,6 +8,7 @@ resumes it.
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from dvpa_train.difficulty import train_head
 from dvpa_train.examples import PARTS, Source, make_source
 from dvpa_train.growth import attach_head
 from dvpa_train.stages import Run, StageReport, quiet_lightning
+
+WHOLE = "test_whole"  # the test requests, each tier reading the prompt itself
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ def _score_and_calibrate(
     config.vocab_size = len(tokenizer)
     model = attach_head(model, config, recipe.seed).eval()
     (out / "outcomes").mkdir(exist_ok=True)
-    outcomes = {"head": source.collect(model, tokenizer, tasks["head"])}
+    # Routed requests have their prompt read by the base tier, which scores it on the way.
+    outcomes = {"head": source.collect(model, tokenizer, tasks["head"], prompt_tier=0)}
     kept = set(outcomes["head"].ids)
     head_tasks = TaskSet("head", tuple(task for task in tasks["head"] if task.id in kept))
     fitted = train_head(
@@ -111,18 +115,27 @@ def _score_and_calibrate(
     console.print(f"difficulty    head loss {fitted['loss_before']:.3f} -> {fitted['loss']:.3f}")
     for part in PARTS[1:]:
         outcomes[part] = source.collect(
-            model, tokenizer, tasks[part], uncertainty=recipe.data.graded is not None
+            model,
+            tokenizer,
+            tasks[part],
+            prompt_tier=0,
+            uncertainty=recipe.data.graded is not None,
         )
+    outcomes[WHOLE] = source.collect(model, tokenizer, tasks["test"])
     for part, table in outcomes.items():
         table.save_jsonl(out / "outcomes" / f"{part}.jsonl")
     fit, calibrate = (
         Split(outcomes[part].difficulty, outcomes[part].quality) for part in ("fit", "calibrate")
     )
+    whole = [tier.activated_params for tier in price(config).tiers]
+    budget = Budget.parse(recipe.calibration.budget)
+    if budget.fraction is not None:  # of the top tier as it costs without routing
+        budget = Budget(mean_activated=budget.fraction * whole[-1])
     model.tier_map = fit_tier_map(
         fit,
         calibrate,
-        costs=[tier.activated_params for tier in price(config).tiers],
-        budget=Budget.parse(recipe.calibration.budget),
+        costs=routed_costs(whole, outcomes["calibrate"]),
+        budget=budget,
         tier_names=config.tier_names,
         kind=recipe.calibration.kind,
     )
@@ -130,6 +143,16 @@ def _score_and_calibrate(
         f"calibration   {recipe.calibration.kind} tier map for {recipe.calibration.budget}"
     )
     return model, outcomes
+
+
+def routed_costs(activated: Sequence[float], requests: OutcomeTable) -> list[float]:
+    """Activated parameters per token of these requests, by answering tier.
+
+    The base tier reads the prompt up to its last token; that token and the answer run at the tier.
+    """
+    read = float((requests.prompt_tokens - 1).sum())
+    answered = float(requests.completion_tokens[:, 0].sum())
+    return [(activated[0] * read + cost * answered) / (read + answered) for cost in activated]
 
 
 def _save(model: DvpaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

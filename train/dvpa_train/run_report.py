@@ -14,7 +14,7 @@ from dvpa.evaluate.routing import adaptive_tiers, difficulty_metrics
 from dvpa.evaluate.table import OutcomeTable
 from dvpa.pricing import price
 from dvpa_train.config import load_recipe
-from dvpa_train.main import TrainedRun, run_recipe
+from dvpa_train.main import WHOLE, TrainedRun, run_recipe
 
 
 def train_and_report(
@@ -36,6 +36,7 @@ def train_and_report(
 def report_run(trained: TrainedRun, console: Console) -> dict[str, Any]:
     """Write `report.json` into the run folder, show its tables, and return it."""
     test, config = trained.outcomes["test"], trained.model.config
+    whole = trained.outcomes[WHOLE]
     costs = [tier.activated_params for tier in price(config).tiers]
     chosen = adaptive_tiers(trained.model.tier_map, test.difficulty)
     rows = np.arange(len(test))
@@ -46,16 +47,16 @@ def report_run(trained: TrainedRun, console: Console) -> dict[str, Any]:
             {
                 "name": name,
                 "activated_params": cost,
-                "nll": float(test.nll[:, tier].mean()),
-                "quality": float(test.quality[:, tier].mean()),
+                "nll": float(whole.nll[:, tier].mean()),
+                "quality": float(whole.quality[:, tier].mean()),
             }
             for tier, (name, cost) in enumerate(zip(config.tier_names, costs, strict=True))
         ],
-        "by_kind": [_of_kind(test, kind) for kind in sorted(set(test.kind))],
+        "by_kind": [_of_kind(whole, kind) for kind in sorted(set(whole.kind))],
         "adaptive": {
             "quality": float(test.quality[rows, chosen].mean()),
             "nll": float(test.nll[rows, chosen].mean()),
-            "mean_activated_params": float(np.asarray(costs)[chosen].mean()),
+            "mean_activated_params": float(np.asarray(trained.model.tier_map.costs)[chosen].mean()),
             "tier_share": (np.bincount(chosen, minlength=len(costs)) / len(test)).tolist(),
         },
         "difficulty": difficulty_metrics(test),
