@@ -62,7 +62,9 @@ def render_demo(report: dict[str, Any]) -> str:
             "`dvpa demo --seeds 3 --baselines`; means over seeds, held-out requests. Adaptive "
             f"keeps **{report['quality_kept']:.1%}** of the top tier's quality at "
             f"**{adaptive['relative_cost']:.0%}** of its mean activated parameters (head and "
-            f"redone probe layers included); APGR {report['apgr']:.2f} (random mixing is 0.50).",
+            f"redone probe layers included); APGR {report['apgr']:.2f} "
+            f"(random mixing {report['random_apgr']:.2f}, prompt length "
+            f"{report['length_apgr']:.2f}).",
             table(["quality", *names], levels),
             "Routers. 95 % intervals are over seeds (t); the last column is the paired bootstrap "
             f"over requests. Nested training took {nested / 1e12:.1f} TFLOPs a seed; `fixed_*`: "

@@ -126,10 +126,15 @@ def _curves(axes: Axes, report: Mapping[str, Any], theme: Theme) -> None:
             continue
         points = sorted(zip(frontier[name]["cost"], frontier[name]["quality"], strict=True))
         axes.plot(*zip(*points, strict=True), style, color=colour, linewidth=width, label=label)
+    # Mixing the tiers by a coin; the base tier reads routed prompts.
     tiers = report["tiers"]
+    mixed = frontier.get("random") or {
+        "cost": [tier["activated_params"] for tier in tiers],
+        "quality": [tier["quality"] for tier in tiers],
+    }
     axes.plot(
-        [tier["activated_params"] for tier in tiers],
-        [tier["quality"] for tier in tiers],
+        mixed["cost"],
+        mixed["quality"],
         "-",
         color=theme.muted,
         linewidth=1.3,

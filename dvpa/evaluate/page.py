@@ -68,7 +68,10 @@ def _header(report: Mapping[str, Any], title: str) -> str:
             (f"quality, always {top['name']}", _number(top["quality"])),
             ("activated, adaptive", format_params(adaptive["mean_activated_params"])),
             (f"activated, {top['name']}", format_params(top["activated_params"])),
-            ("APGR (random mix: 0.5)", _number(report["apgr"], 2)),
+            (
+                f"APGR (random mix: {_number(report.get('random_apgr', 0.5), 2)})",
+                _number(report["apgr"], 2),
+            ),
         ]
     cells = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts)
     return (

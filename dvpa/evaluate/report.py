@@ -100,9 +100,17 @@ def build_report(
     report: dict[str, Any] = {
         "title": title,
         "tiers": tiers,
+        # What every router, the coin included, chooses between.
+        "read_by_base": [
+            {"name": name, "quality": float(quality), "mean_activated_params": float(cost)}
+            for name, quality, cost in zip(
+                names, test.quality.mean(axis=0), tier_map.costs, strict=True
+            )
+        ],
         "levels": levels,
         "routers": routers,
         "apgr": apgr(curve["cost"], curve["quality"], base, top),
+        "random_apgr": apgr(frontier["random"]["cost"], frontier["random"]["quality"], base, top),
         "length_apgr": apgr(frontier["length"]["cost"], frontier["length"]["quality"], base, top),
         "cpt": {
             str(percent): cpt(curve["cost"], curve["quality"], base, top, percent)
