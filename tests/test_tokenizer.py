@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import sentencepiece
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -104,6 +104,8 @@ def test_parts_cut_at_a_space_encode_to_the_same_ids(tokenizer, left, right):
     def encode(text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False))
 
+    # A special token spelt out swallows the space before it, unless split_special_tokens is set.
+    assume(not any(special in left + " " + right for special in ("<unk>", "<s>", "</s>", "<pad>")))
     if left and right:
         assert encode(left + " " + right) == encode(left) + encode(right)
 
