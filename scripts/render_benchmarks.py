@@ -77,8 +77,7 @@ def render_demo(report: dict[str, Any]) -> str:
                 f"{row['name']} {row['quality']:.3f} at {row['mean_activated_params'] / 1e3:,.0f}k"
                 for row in report["read_by_base"]
             )
-            + ". The budget (37 %) and the mix of evaluation levels were chosen looking at test "
-            "results of seeds 0 and 1; seed 2 was not looked at. Differences per seed, adaptive "
+            + ". Differences per seed, adaptive "
             "minus random: "
             + _per_seed(report, "random")
             + "; minus length: "
@@ -103,6 +102,7 @@ def render_demo(report: dict[str, Any]) -> str:
                 rows,
             ),
             machine(report["environment"]),
+            (FOLDER / "selection.md").read_text().strip(),
         ]
     )
 
