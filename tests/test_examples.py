@@ -52,6 +52,15 @@ def test_files_are_split_once_and_evaluation_only_files_never_train(tmp_path: Pa
     assert "line 399" not in lines  # text is held out by position: its last part
 
 
+def test_a_part_cut_short_keeps_some_of_every_file(tmp_path: Path) -> None:
+    source = _source(tmp_path)
+    whole = source.held_out(dict.fromkeys(PARTS, 1000))["test"]
+    short = source.held_out(dict.fromkeys(PARTS, 1000) | {"test": len(whole) // 2})["test"]
+    assert [task.id for task in short] == [task.id for task in whole][: len(short)]
+    # Evaluation-only files were added last; in file order they would be gone.
+    assert any(task.question.startswith("only asked") for task in short)
+
+
 def test_text_held_out_is_its_last_part(tmp_path: Path) -> None:
     source = _source(tmp_path)
     passages = [task for task in source.train if task.kind == "play"]

@@ -170,10 +170,13 @@ class FileSource:
 
     def held_out(self, sizes: Mapping[str, int]) -> dict[str, TaskSet]:
         """Every fourth held-out task each; evaluation-only files join the test."""
-        return {
-            part: TaskSet(f"files/{part}", tuple(self.evaluation[part][: sizes[part]]))
-            for part in PARTS
-        }
+        parts = {}
+        for part in PARTS:
+            tasks = list(self.evaluation[part])
+            # In file order a part that is cut short would lose whole files.
+            random.Random(f"{self.seed}/{part}/order").shuffle(tasks)
+            parts[part] = TaskSet(f"files/{part}", tuple(tasks[: sizes[part]]))
+        return parts
 
     def collect(self, model: Any, tokenizer: Any, tasks: TaskSet, **kwargs: Any) -> OutcomeTable:
         """Quality: exp(-(nll_t - nll_top)+) of the completion, design section 2."""
