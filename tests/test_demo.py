@@ -1,6 +1,8 @@
 """`dvpa demo` at pico size: its files, the schema of its report, baselines, several seeds."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,11 @@ def test_report_has_what_others_rely_on(finished: Path) -> None:
     for row in rows.values():
         assert row["ci95"][0] <= row["quality"] <= row["ci95"][1]
         assert row["mean_activated_params"] > 0
+    assert all(
+        row["ms_per_request"] > 0
+        for name, row in rows.items()
+        if "fixed" not in name and "specialist" not in name
+    )  # measured
     expected = {"apgr", "ece_by_tier", "seeds", "wall_seconds", "environment", "stages"}
     assert report.keys() >= expected
     assert report["seeds"] == [1]
@@ -75,6 +82,11 @@ def test_two_seeds_are_joined(tmp_path: Path) -> None:
     ]
     mean = sum(single["routers"]["adaptive"]["quality"] for single in singles) / 2
     assert report["routers"]["adaptive"]["quality"] == pytest.approx(mean)
+
+
+def test_a_worker_ends_when_its_parent_is_gone() -> None:
+    code = "import time; from dvpa_train.demo import _end_with; _end_with(-1); time.sleep(60)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=50).returncode == 1
 
 
 def test_an_ordinary_moe_of_the_same_size_costs_the_same() -> None:

@@ -30,7 +30,7 @@ def single(seed: int) -> dict[str, Any]:
         test,
         fitted(fit, calibrate),
         seed=seed,
-        ms_by_tier=[1.0, 2.0, 4.0],
+        ms={"whole": [1.0, 2.0, 4.0], "routed": [1.5, 2.5, 3.5], "adaptive": [1.75, 2.75, 3.75]},
         samples=[{"question": HOSTILE, "text": "7", "expected": "8", "telemetry": telemetry}],
         wall_seconds=12.5,
         num_resamples=200,

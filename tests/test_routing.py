@@ -70,7 +70,7 @@ def rows(tables: tuple[OutcomeTable, ...]) -> dict[str, dict[str, Any]]:
         test,
         fitted(fit, calibrate),
         questions=questions,
-        ms_by_tier=[1.0, 2.0, 4.0],
+        ms={"whole": [1.0, 2.0, 4.0], "routed": [1.5, 2.5, 3.5], "adaptive": [1.75, 2.75, 3.75]},
     )
 
 
@@ -203,12 +203,56 @@ def test_oracle_refuses_a_budget_below_the_base_tier() -> None:
         routing.oracle_tiers_at_budget(np.ones((3, 3)), COSTS, 99.0)
 
 
-def test_length_scores_keep_the_order_of_lengths() -> None:
-    scores = routing.length_scores(*(synthetic(seed, 80) for seed in (1, 2, 3)), seed=0)
-    tokens = synthetic(3, 80).prompt_tokens
-    longer = tokens[:, None] > tokens[None, :]
-    assert (scores.test[:, None] >= scores.test[None, :])[longer].all()
+def of_lengths(tokens: np.ndarray, fails: np.ndarray) -> OutcomeTable:
+    """A table of two tiers: the base tier fails where told, the top tier never does."""
+    count = len(tokens)
+    return OutcomeTable(
+        ids=[str(i) for i in range(count)],
+        level=np.zeros(count, dtype=np.int64),
+        kind=["x"] * count,
+        prompt_tokens=tokens,
+        quality=np.stack([1.0 - fails, np.ones(count)], axis=1),
+        nll=np.zeros((count, 2)),
+        difficulty=np.full(count, np.nan),
+        completion_tokens=np.ones((count, 2), dtype=np.int64),
+    )
+
+
+@pytest.mark.parametrize("hard", [range(5, 8), range(15, 20), range(9, 13)])
+def test_length_scores_find_the_hard_lengths_wherever_they_are(hard: range) -> None:
+    """Short, long or in between: a router on length beats the coin by what length tells."""
+    rng = np.random.default_rng(0)
+    parts = []
+    for _ in range(3):
+        tokens = rng.integers(5, 20, 2000)
+        chance = np.where(np.isin(tokens, list(hard)), 0.9, 0.1)
+        parts.append(of_lengths(tokens, (rng.random(2000) < chance).astype(float)))
+    fit, calibrate, test = parts
+    scores = routing.length_scores(fit, calibrate, test, seed=0)
     assert ((scores.test >= 0) & (scores.test <= 1)).all()
+    inside = np.isin(test.prompt_tokens, list(hard))
+    assert scores.test[inside].min() >= scores.test[~inside].max()
+    costs = [1.0, 2.0]
+    target = 1.0 + float(inside.mean())
+    tiers = routing.route_by_score(scores, fit, calibrate, costs, ["a", "b"], target, "gain")
+    quality, cost = routing.realised(test.quality, costs, tiers)
+    assert cost == pytest.approx(target, abs=0.01)
+    coin = routing.random_mix(costs, cost).expected(test.quality).mean()
+    assert quality > coin + 0.5 * float((1 - test.quality[inside, 0]).mean()) * inside.mean()
+
+
+def test_length_scores_do_not_make_something_of_nothing() -> None:
+    """Where length tells nothing, the length router is a coin."""
+    rng = np.random.default_rng(1)
+    parts = [
+        of_lengths(rng.integers(5, 9, 4000), (rng.random(4000) < 0.4).astype(float))
+        for _ in range(3)
+    ]
+    scores = routing.length_scores(*parts, seed=0)
+    tiers = routing.route_by_score(scores, *parts[:2], [1.0, 2.0], ["a", "b"], 1.5, "gain")
+    quality, cost = routing.realised(parts[2].quality, [1.0, 2.0], tiers)
+    coin = routing.random_mix([1.0, 2.0], cost).expected(parts[2].quality).mean()
+    assert abs(quality - coin) < 0.02
 
 
 def test_tfidf_is_out_of_fold_on_the_fit_split() -> None:
@@ -266,13 +310,14 @@ def test_rows_are_what_the_choice_costs(
     assert rows["adaptive"]["quality"] == pytest.approx(quality)
     assert rows["adaptive"]["mean_activated_params"] == pytest.approx(cost)
     share = np.bincount(tiers, minlength=3) / len(tiers)
-    assert rows["adaptive"]["ms_per_request"] == pytest.approx(share @ [1.0, 2.0, 4.0])
+    assert rows["adaptive"]["ms_per_request"] == pytest.approx(share @ [1.75, 2.75, 3.75])
     cascade = rows["cascade"]
     stayed = cascade["tier_share"][0]
     once = np.array(cascade["tier_share"]) @ COSTS
     assert cascade["mean_activated_params"] == pytest.approx(once + (1 - stayed) * COSTS[0])
-    once = np.array(cascade["tier_share"]) @ [1.0, 2.0, 4.0]
-    assert cascade["ms_per_request"] == pytest.approx(once + (1 - stayed) * 1.0)
+    once = np.array(cascade["tier_share"]) @ [1.5, 2.5, 3.5]
+    assert cascade["ms_per_request"] == pytest.approx(once + (1 - stayed) * 1.5)
+    assert rows["always_top"]["ms_per_request"] == pytest.approx(4.0)
     low, high = test.quality[:, 1].mean(), test.quality[:, 0].mean()
     assert min(low, high) <= rows["random"]["quality"] <= test.quality[:, 2].mean()
 

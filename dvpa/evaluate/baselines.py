@@ -22,6 +22,8 @@ from dvpa.tiers.calibrate import Budget, Split, fit_tier_map
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
+LENGTH_BINS = 32
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -148,18 +150,30 @@ def _hull_steps(row: FloatArray, costs: FloatArray) -> list[tuple[float, int, fl
 def length_scores(
     fit: OutcomeTable, calibrate: OutcomeTable, test: OutcomeTable, seed: int
 ) -> Scores:
-    """Prompt length as difficulty. Lengths are integers: a seeded jitter below one token lets a cut
-    fall inside a block of equal lengths (at random there), else the length router could not spend
-    the budget it is given.
+    """Prompt length as difficulty: how often the base tier failed at such lengths on the fit split.
+
+    Longer is not always harder, so up to `LENGTH_BINS` bins of equal mass are ordered by failure
+    rate, not by length; a difficulty is a place in that order, scaled by the fit split. Inside a
+    bin a seeded jitter decides, so that a cut may fall there (at random): else the length router
+    could not spend the budget it is given.
     """
     rng = np.random.default_rng(seed)
-    longest = int(fit.prompt_tokens.max())
+    inner = np.linspace(0, 1, LENGTH_BINS + 1)[1:-1]
+    edges = np.unique(np.quantile(fit.prompt_tokens, inner, method="higher"))
+    fails = (fit.quality[:, 0] < 0.5).astype(float)
+    bins = np.searchsorted(edges, fit.prompt_tokens, side="right")
+    count = np.bincount(bins, minlength=len(edges) + 1)
+    failed = np.bincount(bins, weights=fails, minlength=len(edges) + 1)
+    # Two requests' worth of the overall rate steadies bins of few requests.
+    place = np.argsort(np.argsort((failed + 2 * fails.mean()) / (count + 2), kind="stable"))
 
-    def scale(table: OutcomeTable) -> FloatArray:
-        score = (table.prompt_tokens + rng.uniform(-0.5, 0.5, len(table))) / (longest + 1)
-        return np.clip(score, 0.0, 1.0)
+    def position(table: OutcomeTable) -> FloatArray:
+        bins = np.searchsorted(edges, table.prompt_tokens, side="right")
+        return np.asarray(place[bins] + rng.uniform(0, 1, len(table)))
 
-    return Scores(scale(fit), scale(calibrate), scale(test))
+    keys = [position(table) for table in (fit, calibrate, test)]
+    order = np.sort(keys[0])
+    return Scores(*(np.searchsorted(order, key) / len(order) for key in keys))
 
 
 def uncertainty_scores(

@@ -121,7 +121,7 @@ def _routers(report: Mapping[str, Any]) -> str:
         mark = " class=adaptive" if name == "adaptive" else ""
         body.append(f"<tr{mark}>{''.join(cells)}</tr>")
     if timed:
-        head.append("ms per request (routed: estimated)")
+        head.append("ms per request")
     kinds = dict.fromkeys(_explained_key(name) for name in rows)
     notes = "".join(
         f"<div><dt>{escape(key.replace('_', ' '))}</dt><dd>{escape(_EXPLAINED[key])}</dd></div>"

@@ -42,7 +42,7 @@ def build_report(
     seed: int,
     questions: Mapping[str, str] | None = None,
     overhead: Sequence[float] | None = None,
-    ms_by_tier: Sequence[float] | None = None,
+    ms: Mapping[str, Sequence[float]] | None = None,
     whole: OutcomeTable | None = None,
     whole_costs: Sequence[float] | None = None,
     samples: Sequence[Mapping[str, Any]] = (),
@@ -53,7 +53,7 @@ def build_report(
     """The report of one seed; all qualities are on `test`, which neither the head nor the tier map
     has seen.
 
-    `questions`, `overhead`, `ms_by_tier`, `whole`, `whole_costs`: see `compare_routers`. A sample:
+    `questions`, `overhead`, `ms`, `whole`, `whole_costs`: see `compare_routers`. A sample:
     {question, text, expected, telemetry}.
     """
     costs, names = list(tier_map.costs), list(tier_map.tier_names)
@@ -67,7 +67,7 @@ def build_report(
         tier_map,
         tfidf=tfidf,
         overhead=overhead,
-        ms_by_tier=ms_by_tier,
+        ms=ms,
         whole=whole,
         whole_costs=whole_costs,
         num_resamples=num_resamples,
@@ -94,8 +94,8 @@ def build_report(
             "quality_by_level": by_level,
             "nll": float(whole.nll[:, tier].mean()),
         }
-        if ms_by_tier is not None:
-            entry["ms_per_request"] = float(ms_by_tier[tier])
+        if ms is not None:
+            entry["ms_per_request"] = float(ms["whole"][tier])
         tiers.append(entry)
     report: dict[str, Any] = {
         "title": title,

@@ -102,7 +102,7 @@ def compare_routers(
     questions: Mapping[str, str] | None = None,
     tfidf: Scores | None = None,
     overhead: Sequence[float] | None = None,
-    ms_by_tier: Sequence[float] | None = None,
+    ms: Mapping[str, Sequence[float]] | None = None,
     whole: OutcomeTable | None = None,
     whole_costs: Sequence[float] | None = None,
     baseline_kind: str | None = None,
@@ -117,8 +117,9 @@ def compare_routers(
     overhead       extra activated parameters per request that the head costs when it picks each
     tier [T] (default 0);
                    charged to `adaptive`, and granted to every router that is matched to it.
-    ms_by_tier     measured milliseconds per request at each tier [T]; rows then carry
-    `ms_per_request`.
+    ms             measured milliseconds per request by answering tier [T], three times: `whole`
+    (the tier reads the prompt), `routed` (the base tier does), `adaptive` (it also scores it); rows
+    then carry `ms_per_request`.
     whole, whole_costs  the test requests answered by one tier from the first prompt token on, and
     what that costs [T]; the `always_<tier>` rows then show these, where the routers' tables have
     the base tier read the prompt. Default: the same as the routers'.
@@ -207,9 +208,11 @@ def compare_routers(
             "relative_cost": mean_cost / float(whole_price[-1]),
             "tier_share": share.tolist(),
         }
-        if ms_by_tier is not None:
-            second_call = float((1 - share[0]) * ms_by_tier[0]) if name == "cascade" else 0.0
-            row["ms_per_request"] = float(share @ np.asarray(ms_by_tier)) + second_call
+        if ms is not None:
+            way = "whole" if name.startswith("always_") else "routed"
+            times = np.asarray(ms["adaptive" if name == "adaptive" else way], dtype=float)
+            second_call = float((1 - share[0]) * times[0]) if name == "cascade" else 0.0
+            row["ms_per_request"] = float(share @ times) + second_call
         if name != "adaptive":
             difference = replicates["adaptive"] - replicates[name]
             row["adaptive_minus"] = {

@@ -7,20 +7,23 @@ trained again.
 
 import json
 import multiprocessing
-import statistics
+import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
 from dvpa.evaluate.report import aggregate_reports, build_report, write_report
-from dvpa.model.answer import answer
+from dvpa.model import DvpaForCausalLM
+from dvpa.model.answer import answer, read_prompt
 from dvpa.pricing import price
 from dvpa.tasks import Task
-from dvpa.tasks.encoding import encode_tasks, left_pad
+from dvpa.tasks.encoding import encode_tasks
 from dvpa_train.baselines import baseline_rows
 from dvpa_train.config import load_recipe
 from dvpa_train.main import WHOLE, TrainedRun, run_recipe
@@ -64,13 +67,24 @@ def run_demo(
         reports = [_one_seed(*jobs[0])]
     else:
         spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(max_workers=2, mp_context=spawn) as pool:
+        with ProcessPoolExecutor(2, spawn, _end_with, (os.getpid(),)) as pool:
             reports = list(pool.map(_one_seed, *zip(*jobs, strict=True)))
     report = reports[0] if seeds == 1 else aggregate_reports(reports)
     report["wall_seconds"] = time.perf_counter() - started
     files = write_report(report, out)
     print_report(report, Console(), files, folders[0] / "checkpoint")
     return report
+
+
+def _end_with(parent: int) -> None:
+    """In a worker: a parent that was killed cannot stop it, so it watches for that itself."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def _one_seed(
@@ -90,7 +104,7 @@ def _one_seed(
         seed=seed,
         questions={task.id: task.question for part in tasks.values() for task in part},
         overhead=head_overhead(trained),
-        ms_by_tier=measure_ms(trained),
+        ms=measure_ms(trained),
         whole=tables[WHOLE],
         whole_costs=[tier.activated_params for tier in price(trained.model.config).tiers],
         samples=_samples(trained),
@@ -118,19 +132,54 @@ def head_overhead(trained: TrainedRun) -> list[float]:
     return [head if tier == 0 else head + again for tier in range(trained.model.config.num_tiers)]
 
 
-def measure_ms(trained: TrainedRun, batch: int = 32, rounds: int = 5) -> list[float]:
-    """Median wall milliseconds per request at each tier; greedy, in batches, tiers interleaved."""
+def measure_ms(
+    trained: TrainedRun, requests: int = 10, rounds: int = 3
+) -> dict[str, list[float]]:
+    """Measured wall milliseconds per request by answering tier [T], one request at a time, greedy.
+
+    `whole`: the tier reads the prompt itself. `routed`: the base tier reads the prompt up to its
+    last token. `adaptive`: the base tier reads all of it and the head scores it. The mean over
+    requests of the median over rounds, tiers and ways interleaved.
+    """
     model, tokenizer = trained.model, trained.tokenizer
-    pairs = encode_tasks(tokenizer, list(trained.tasks["test"])[:batch])
-    ids, mask = left_pad([prompt for prompt, _ in pairs], tokenizer.pad_token_id)
-    inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-    seconds: list[list[float]] = [[] for _ in range(model.config.num_tiers)]
-    for _ in range(rounds):
-        for tier, measured in enumerate(seconds):
-            began = time.perf_counter()
-            model.generate(**inputs, tiers=tier, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
-            measured.append(time.perf_counter() - began)
-    return [1000 * statistics.median(measured) / len(ids) for measured in seconds]
+    pairs = encode_tasks(tokenizer, list(trained.tasks["test"])[:requests])
+    prompts = [torch.tensor([prompt]) for prompt, _ in pairs]
+    ways = {"whole": _read_nothing, "routed": _read_unscored, "adaptive": _read_scored}
+    num_tiers = model.config.num_tiers
+    seconds = {way: np.zeros((rounds + 1, num_tiers, len(prompts))) for way in ways}
+    for turn in range(rounds + 1):  # the first one only warms up
+        for number, prompt in enumerate(prompts):
+            for tier in range(num_tiers):
+                for way, read in ways.items():
+                    began = time.perf_counter()
+                    model.generate(
+                        prompt,
+                        attention_mask=torch.ones_like(prompt),
+                        tiers=tier,
+                        past_key_values=read(model, prompt),
+                        max_new_tokens=MAX_ANSWER_TOKENS,
+                        do_sample=False,
+                    )
+                    seconds[way][turn, tier, number] = time.perf_counter() - began
+    return {
+        way: (1000 * np.median(measured[1:], axis=0).mean(axis=1)).tolist()
+        for way, measured in seconds.items()
+    }
+
+
+def _read_nothing(model: DvpaForCausalLM, prompt: torch.Tensor) -> None:
+    """The answering tier reads the prompt."""
+
+
+def _read_unscored(model: DvpaForCausalLM, prompt: torch.Tensor) -> Any:
+    """The base tier's cache of all but the last token, for a router that needs no score."""
+    with torch.inference_mode():
+        return model.model(prompt[:, :-1], tiers=0, use_cache=True).past_key_values
+
+
+def _read_scored(model: DvpaForCausalLM, prompt: torch.Tensor) -> Any:
+    """The same cache from the pass that also scores the prompt."""
+    return read_prompt(model, prompt)[1]
 
 
 def _samples(trained: TrainedRun) -> list[dict[str, Any]]:

@@ -67,7 +67,7 @@ def routers_table(report: Mapping[str, Any]) -> Table:
         ("95 % interval", "right"),
         ("activated", "right"),
         ("of top", "right"),
-        ("ms (routed: estimated)", "right"),
+        ("ms/request", "right"),
         ("adaptive minus", "right"),
     ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
