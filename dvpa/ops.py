@@ -1,29 +1,35 @@
 """The one door to the kernels: every model file that multiplies experts comes through here.
 
-`dvpa_kernels` decides nothing by itself; the backend is an argument, resolved once per model by
-`resolve_backend` and reported by it, never read from the environment inside a forward pass.
+`dvpa_kernels` decides nothing by itself: the backend is an argument (`auto`: by the device the
+tensors are on), never read from the environment inside a forward pass, and said once in the log.
 """
 
 import logging
 
+import torch
 from torch import Tensor
 
 from dvpa_kernels import BACKENDS, make_routing, moe_mlp
 
 logger = logging.getLogger(__name__)
 
+# Anywhere else (MPS, XPU, meta) PyTorch's own grouped GEMM.
+BACKEND_BY_DEVICE = {"cuda": "triton", "cpu": "cpu"}
 
-def resolve_backend(name: str = "auto") -> str:
-    """The kernel backend to use; `auto` is `torch` (grouped GEMM) until a faster one is installed.
+_announced: set[tuple[str, str]] = set()
+
+
+def resolve_backend(name: str = "auto", device_type: str = "cpu") -> str:
+    """The kernel backend to use: `name` itself, or for `auto` the device's.
 
     Raises:
         ValueError: unknown name.
     """
-    chosen = "torch" if name == "auto" else name
-    if chosen not in BACKENDS:
+    if name == "auto":
+        return BACKEND_BY_DEVICE.get(device_type, "torch")
+    if name not in BACKENDS:
         raise ValueError(f"backend: {name!r} must be 'auto' or one of {', '.join(BACKENDS)}")
-    logger.debug("expert backend: %s (asked for: %s)", chosen, name)
-    return chosen
+    return name
 
 
 def expert_mlp(
@@ -32,8 +38,17 @@ def expert_mlp(
     w_down: Tensor,
     topk_index: Tensor,
     topk_weight: Tensor,
-    backend: str,
+    backend: str = "auto",
 ) -> Tensor:
     """Routed SwiGLU experts: x [T, D], routing table [T, K] (index E: empty slot) -> [T, D]."""
+    chosen = resolve_backend(backend, x.device.type)
+    if not torch.compiler.is_compiling():
+        _announce(chosen, x.device.type)
     routing = make_routing(topk_index, topk_weight, w_gate_up.shape[0])
-    return moe_mlp(x, w_gate_up, w_down, routing, backend=backend)
+    return moe_mlp(x, w_gate_up, w_down, routing, backend=chosen)
+
+
+def _announce(backend: str, device_type: str) -> None:
+    if (backend, device_type) not in _announced:
+        _announced.add((backend, device_type))
+        logger.info("expert backend on %s: %s", device_type, backend)

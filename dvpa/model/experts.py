@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dvpa.config import DvpaConfig
 from dvpa.model.router import DvpaRouter, Routing, TierPlan
-from dvpa.ops import expert_mlp, resolve_backend
+from dvpa.ops import expert_mlp
 
 
 class DvpaMLP(nn.Module):
@@ -38,7 +38,7 @@ class DvpaExperts(nn.Module):
         width, hidden = config.moe_intermediate_size, config.hidden_size
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden, width))
-        self.backend = resolve_backend()
+        self.backend = "auto"  # or a key of dvpa_kernels.BACKENDS
 
     def forward(self, hidden_TD: Tensor, routing: Routing) -> Tensor:
         """Weighted sum of each token's experts; outside every pool present none is touched."""

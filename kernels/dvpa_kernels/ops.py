@@ -5,13 +5,30 @@ Letters: T tokens, D hidden, F expert width, E experts, R rows.
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from dvpa_kernels.reference import moe_mlp_reference
 from dvpa_kernels.routing import RowRouting
 from dvpa_kernels.torch_grouped import moe_mlp_torch
 
+
+def _cpu(x: Tensor, w_gate_up: Tensor, w_down: Tensor, routing: RowRouting) -> Tensor:
+    from dvpa_kernels.cpu import moe_mlp_cpu
+
+    return moe_mlp_cpu(x, w_gate_up, w_down, routing)
+
+
+def _triton(x: Tensor, w_gate_up: Tensor, w_down: Tensor, routing: RowRouting) -> Tensor:
+    from dvpa_kernels.triton_moe import moe_mlp_triton
+
+    return moe_mlp_triton(x, w_gate_up, w_down, routing)
+
+
+# triton and cpu are imported at their first call: they compile.
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, RowRouting], Tensor]] = {
+    "triton": _triton,
+    "cpu": _cpu,
     "torch": moe_mlp_torch,
     "reference": moe_mlp_reference,
 }
@@ -22,21 +39,36 @@ def moe_mlp(
 ) -> Tensor:
     """SwiGLU experts over ragged rows, weighted and summed per token.
 
+    Differentiable in `x`, `w_gate_up`, `w_down` and `routing.weight`; works under `torch.compile`.
+
     Args:
         x: [T, D] floating point.
-        w_gate_up: [E, 2F, D], gate rows first.
-        w_down: [E, D, F].
+        w_gate_up: [E, 2F, D], gate rows first; contiguous.
+        w_down: [E, D, F]; contiguous.
         routing: rows from `make_routing`; a token may have any number of them, also none.
-        backend: a key of `BACKENDS`.
+        backend: a key of `BACKENDS`: `triton` (CUDA), `cpu` (C++), `torch` (`F.grouped_mm`,
+            anywhere), `reference` (the oracle).
 
     Returns:
         [T, D] in the dtype of `x`.
 
     Raises:
-        ValueError: unknown backend, or shapes or dtypes that do not fit together.
+        ValueError: unknown backend, shapes, dtypes or devices that do not fit together, weights
+            that are not contiguous, or a routing not made by `make_routing` that is not sound.
+        RuntimeError: the backend cannot run here.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r} must be one of {', '.join(BACKENDS)}")
+    _check_operands(x, w_gate_up, w_down, routing)
+    if not routing.is_checked:
+        check_routing(routing)
+    return BACKENDS[backend](x, w_gate_up, w_down, routing)
+
+
+def _check_operands(x: Tensor, w_gate_up: Tensor, w_down: Tensor, routing: RowRouting) -> None:
+    for name, value, dims in (("x", x, 2), ("w_gate_up", w_gate_up, 3), ("w_down", w_down, 3)):
+        if value.dim() != dims:
+            raise ValueError(f"{name}: shape {tuple(value.shape)} must have {dims} dimensions")
     hidden, (experts, width2, _) = x.shape[-1], w_gate_up.shape
     if w_gate_up.shape != (experts, width2, hidden) or width2 % 2:
         raise ValueError(
@@ -55,4 +87,60 @@ def moe_mlp(
         raise ValueError(
             f"x, w_gate_up, w_down: dtypes {x.dtype}, {w_gate_up.dtype}, {w_down.dtype} differ"
         )
-    return BACKENDS[backend](x, w_gate_up, w_down, routing)
+    for name, weight in (("w_gate_up", w_gate_up), ("w_down", w_down)):
+        if not weight.is_contiguous():
+            raise ValueError(f"{name}: strides {weight.stride()} must be contiguous")
+    if not x.device == w_gate_up.device == w_down.device == routing.token_index.device:
+        raise ValueError(
+            f"x, w_gate_up, w_down, routing: devices {x.device}, {w_gate_up.device}, "
+            f"{w_down.device}, {routing.token_index.device} differ"
+        )
+
+
+def check_routing(routing: RowRouting) -> None:
+    """Every index and offset of a routing, by value (waits for the device).
+
+    Raises:
+        ValueError: naming the column and the allowed range.
+    """
+    rows = routing.token_index.numel()
+    for name, wanted in (("weight", rows), ("token_rows", rows)):
+        if getattr(routing, name).shape != (wanted,):
+            raise ValueError(
+                f"routing.{name}: shape {tuple(getattr(routing, name).shape)} must be ({wanted},)"
+            )
+    if routing.token_offsets.shape != (routing.num_tokens + 1,):
+        raise ValueError(
+            f"routing.token_offsets: shape {tuple(routing.token_offsets.shape)} must be "
+            f"({routing.num_tokens + 1},)"
+        )
+    for name, dtype in (
+        ("token_index", torch.int64),
+        ("expert_offsets", torch.int32),
+        ("token_rows", torch.int32),
+        ("token_offsets", torch.int32),
+    ):
+        if getattr(routing, name).dtype != dtype:
+            raise ValueError(
+                f"routing.{name}: dtype {getattr(routing, name).dtype} must be {dtype}"
+            )
+    for name in ("expert_offsets", "token_offsets"):
+        offsets = getattr(routing, name)
+        first, last = int(offsets[0]), int(offsets[-1])
+        if first != 0 or last > rows or bool((offsets.diff() < 0).any()):
+            raise ValueError(
+                f"routing.{name}: {first} .. {last} must rise from 0 to at most {rows} rows"
+            )
+    real = int(routing.expert_offsets[-1])
+    if int(routing.token_offsets[-1]) != real:
+        raise ValueError(
+            f"routing.token_offsets: {int(routing.token_offsets[-1])} rows must be the {real} of "
+            "routing.expert_offsets"
+        )
+    for name, bound in (("token_index", routing.num_tokens), ("token_rows", real)):
+        column = getattr(routing, name)[:real]
+        if real and not 0 <= int(column.min()) <= int(column.max()) < bound:
+            raise ValueError(
+                f"routing.{name}: {int(column.min())} .. {int(column.max())} must be in "
+                f"0 .. {bound - 1}"
+            )

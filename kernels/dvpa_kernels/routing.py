@@ -1,6 +1,6 @@
-"""Routing tables -> ragged rows sorted by expert.
+"""Routing tables -> ragged rows sorted by expert, and the way back from rows to tokens.
 
-Letters: T tokens, K slots, E experts, R rows (the sum over tokens of their own k).
+Letters: T tokens, K slots, E experts, R rows (the sum over tokens of their own k), S = T * K slots.
 """
 
 from dataclasses import dataclass
@@ -13,14 +13,22 @@ from torch import Tensor
 class RowRouting:
     """Rows of a grouped GEMM: row r multiplies token `token_index[r]` with one expert.
 
-    `token_index` int64 [R] and `weight` [R] are sorted by expert (stable in token order);
-    `expert_offsets` int32 [E + 1] bounds the rows of each expert; `num_tokens` is T.
+    Rows are sorted by expert (stable in token order). `token_index` int64 [R] and `weight` [R]
+    belong to rows; `expert_offsets` int32 [E + 1] bounds the rows of each expert; `token_rows`
+    int32 [R] lists the rows of token after token, each token's in slot order, and `token_offsets`
+    int32 [T + 1] bounds them. `num_tokens` is T.
+
+    Where R is only known on the device, the three row columns have S entries instead of R; those
+    from `expert_offsets[-1]` on are padding: token 0, weight 0, row 0.
     """
 
     token_index: Tensor
     weight: Tensor
     expert_offsets: Tensor
+    token_rows: Tensor
+    token_offsets: Tensor
     num_tokens: int
+    is_checked: bool = False  # by make_routing; `moe_mlp` looks at the values of any other
 
     @property
     def num_experts(self) -> int:
@@ -31,28 +39,83 @@ class RowRouting:
 def make_routing(topk_index: Tensor, topk_weight: Tensor, num_experts: int) -> RowRouting:
     """Sort the routing table [T, K] by expert and drop its empty slots (index == num_experts).
 
+    On CPU in eager mode the rows are cut to R. Elsewhere (a GPU, `torch.compile`) nothing waits for
+    the device, so that the call can be captured in a CUDA graph: the rows keep their padding.
+    Gradients flow to `topk_weight`.
+
     Raises:
-        ValueError: shapes differ, or (on CPU, where looking costs nothing) an index is out of
-        range.
+        ValueError: shapes differ, the index is not an integer, or (on CPU, where looking costs
+        nothing) it is out of range.
     """
     if topk_index.dim() != 2 or topk_index.shape != topk_weight.shape:
         raise ValueError(
             f"topk_index, topk_weight: shapes {tuple(topk_index.shape)} and "
             f"{tuple(topk_weight.shape)} must both be [tokens, slots]"
         )
-    flat = topk_index.flatten()
-    if flat.device.type == "cpu" and flat.numel():
-        low, high = int(flat.min()), int(flat.max())
-        if low < 0 or high > num_experts:
-            raise ValueError(f"topk_index: {low} .. {high} must be in 0 .. {num_experts}")
-    counts = torch.bincount(flat, minlength=num_experts + 1)[:num_experts]
-    offsets = torch.zeros(num_experts + 1, dtype=torch.int32, device=flat.device)
-    offsets[1:] = counts.cumsum(0)
-    # The row count is data dependent: this is the one place that waits for the device.
-    order = flat.argsort(stable=True)[: int(offsets[-1])]
+    if topk_index.is_floating_point() or topk_index.dtype == torch.bool:
+        raise ValueError(f"topk_index: dtype {topk_index.dtype} must be an integer")
+    tokens, slots = topk_index.shape
+    compiling = torch.compiler.is_compiling()
+    eager_cpu = topk_index.device.type == "cpu" and not compiling
+    if eager_cpu and topk_index.numel():
+        low, high = topk_index.aminmax()
+        if int(low) < 0 or int(high) > num_experts:
+            raise ValueError(f"topk_index: {int(low)} .. {int(high)} must be in 0 .. {num_experts}")
+    order, *columns = (sort_rows if eager_cpu else route_rows)(topk_index, num_experts)
+    expert_offsets, token_rows, token_offsets = columns
+    if eager_cpu:
+        rows = int(expert_offsets[-1])
+        order, token_rows = order[:rows], token_rows[:rows]
+        weight = topk_weight.flatten()[order]
+        token_index = order // slots if slots else order
+    else:
+        real = torch.arange(tokens * slots, device=order.device) < expert_offsets[-1]
+        # Not a product: a padding weight may be NaN.
+        weight = torch.where(real, topk_weight.flatten()[order], 0.0)
+        token_index = torch.where(real, order // max(slots, 1), 0)
     return RowRouting(
-        token_index=order // topk_index.shape[1],
-        weight=topk_weight.flatten()[order],
-        expert_offsets=offsets,
-        num_tokens=topk_index.shape[0],
+        token_index, weight, expert_offsets, token_rows, token_offsets, tokens, is_checked=True
+    )
+
+
+def sort_rows(topk_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Slots by expert: (slot of each row int64 [S], expert_offsets, token_rows, token_offsets).
+
+    No size depends on the data and nothing is read back. Empty slots sort behind every row.
+    """
+    tokens, slots = topk_index.shape
+    flat, device = topk_index.flatten(), topk_index.device
+    sorted_expert, order = flat.sort(stable=True)
+    bounds = torch.arange(num_experts + 1, device=device, dtype=flat.dtype)
+    expert_offsets = torch.searchsorted(sorted_expert, bounds, out_int32=True)
+    # Where each slot went; a token's filled slots, in slot order, are its rows.
+    row_of_slot = torch.empty_like(order)
+    row_of_slot[order] = torch.arange(len(order), device=device)
+    # Out of range (possible where looking would wait for the device) is as good as empty.
+    filled = (flat >= 0) & (flat < num_experts)
+    ends = filled.cumsum(0)
+    token_offsets = torch.zeros(tokens + 1, dtype=torch.int32, device=device)
+    if slots:
+        token_offsets[1:] = ends[slots - 1 :: slots]
+    # Filled slots move to the front; the rest lands behind them on one spare place.
+    token_rows = torch.zeros(len(order) + 1, dtype=torch.int32, device=device)
+    place = torch.where(filled, ends - 1, len(order))
+    token_rows[place] = torch.where(filled, row_of_slot, 0).int()
+    return order, expert_offsets, token_rows[:-1].clone(), token_offsets
+
+
+@torch.library.custom_op("dvpa_kernels::route_rows", mutates_args=())
+def route_rows(topk_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`sort_rows` as one opaque operator: a single node under `torch.compile`."""
+    return sort_rows(topk_index, num_experts)
+
+
+@route_rows.register_fake
+def _(topk_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, slots = topk_index.shape
+    return (
+        topk_index.new_empty(tokens * slots, dtype=torch.int64),
+        topk_index.new_empty(num_experts + 1, dtype=torch.int32),
+        topk_index.new_empty(tokens * slots, dtype=torch.int32),
+        topk_index.new_empty(tokens + 1, dtype=torch.int32),
     )

@@ -1,0 +1,6 @@
+"""The expert kernel for CPUs, in C++, built at its first use."""
+
+from dvpa_kernels.cpu.library import CpuKernel, status
+from dvpa_kernels.cpu.op import moe_mlp_cpu
+
+__all__ = ["CpuKernel", "moe_mlp_cpu", "status"]

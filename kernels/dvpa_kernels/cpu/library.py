@@ -1,0 +1,138 @@
+"""The compiled kernel as a Python object: loaded once, with what it can run here.
+
+Letters: T tokens, D hidden, F expert width, E experts, R rows.
+"""
+
+import ctypes
+import logging
+import shutil
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dvpa_kernels.cpu.build import BuildError, build, cache_folder, loaded_openmp
+from dvpa_kernels.routing import RowRouting
+
+logger = logging.getLogger(__name__)
+
+# Numbered as in moe_mlp.cpp; the last one that this machine runs is used.
+ISAS = ("plain", "avx2", "avx512", "avx512_bf16")
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@dataclass(frozen=True)
+class CpuKernel:
+    """What is loaded: the instruction set in use and the library, or the reason there is none.
+
+    `isas` is every instruction set this machine can run. `shares_openmp` says whether the threads
+    are those of PyTorch's own OpenMP runtime. A library built into a temporary folder (the cache
+    cannot be written) is gone from there once it is loaded.
+    """
+
+    isa: str | None
+    library: Path | None
+    reason: str | None = None
+    isas: tuple[str, ...] = ()
+    shares_openmp: bool = False
+
+
+_lock = threading.Lock()
+_loaded: tuple[CpuKernel, ctypes.CDLL | None] | None = None
+
+
+def load() -> tuple[CpuKernel, ctypes.CDLL | None]:
+    """Build and load at the first call; a failure is announced once and remembered."""
+    global _loaded
+    if _loaded is None:
+        with _lock:
+            if _loaded is None:
+                _loaded = _load()
+    return _loaded
+
+
+def status() -> CpuKernel:
+    """What the CPU backend runs in this process; builds the kernel if that has not happened."""
+    return load()[0]
+
+
+def _load() -> tuple[CpuKernel, ctypes.CDLL | None]:
+    try:
+        if not sys.platform.startswith("linux"):
+            raise BuildError(f"not written for {sys.platform}")
+        openmp = loaded_openmp()
+        if openmp is not None:
+            # Loaded already, but privately: this makes its symbols visible to our library.
+            ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)
+        library, path = _open(links_openmp=openmp is None)
+    except (BuildError, OSError) as error:
+        logger.warning("no CPU expert kernel (%s); using F.grouped_mm instead", error)
+        return CpuKernel(None, None, reason=str(error)), None
+    library.dvpa_cpu_supports.argtypes = [ctypes.c_int]
+    choices, sizes, pointers = [ctypes.c_int] * 3, [ctypes.c_int64] * 4, [ctypes.c_void_p] * 9
+    library.dvpa_cpu_moe_mlp.argtypes = [*choices, *sizes, *pointers]
+    isas = tuple(name for i, name in enumerate(ISAS) if library.dvpa_cpu_supports(i))
+    kernel = CpuKernel(isas[-1], path, isas=isas, shares_openmp=openmp is not None)
+    logger.info("CPU expert kernel: %s, %s", kernel.isa, path)
+    return kernel, library
+
+
+def _open(links_openmp: bool) -> tuple[ctypes.CDLL, Path]:
+    """Load the library; one that the cache holds but that does not load is built once more."""
+    for rebuild in (False, True):
+        path = build(links_openmp, rebuild)
+        try:
+            return ctypes.CDLL(str(path)), path
+        except OSError as error:
+            if rebuild:
+                raise
+            logger.info("%s does not load (%s)", path, error)
+        finally:
+            if path.parent != cache_folder():  # a temporary one: loaded code needs no file
+                shutil.rmtree(path.parent, ignore_errors=True)
+    raise AssertionError("the second round returns or raises")
+
+
+def run_kernel(
+    x: Tensor, w_gate_up: Tensor, w_down: Tensor, routing: RowRouting, isa: str, threads: int
+) -> Tensor:
+    """One call of the kernel: y [T, D] in the dtype of x. The operands are sound (`ops.moe_mlp`).
+
+    Raises:
+        ValueError: `isa` is not one that this machine runs.
+        MemoryError: no room for the intermediate rows.
+    """
+    kernel, library = load()
+    if library is None or isa not in kernel.isas:
+        raise ValueError(f"isa: {isa!r} must be one of {kernel.isas or 'none'} on this machine")
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    # Named, so that a converted or copied column lives until the call returns.
+    weight = routing.weight.detach().float().contiguous()
+    columns = (
+        routing.token_index.contiguous(),
+        routing.expert_offsets.contiguous(),
+        routing.token_rows.contiguous(),
+        routing.token_offsets.contiguous(),
+    )
+    failed = library.dvpa_cpu_moe_mlp(
+        ISAS.index(isa),
+        FORMATS[x.dtype],
+        threads,
+        x.shape[0],
+        x.shape[1],
+        w_down.shape[2],
+        w_down.shape[0],
+        x.data_ptr(),
+        w_gate_up.data_ptr(),
+        w_down.data_ptr(),
+        weight.data_ptr(),
+        *(column.data_ptr() for column in columns),
+        y.data_ptr(),
+    )
+    if failed:
+        raise MemoryError(f"no room for the intermediate rows of {x.shape[0]} tokens")
+    return y

@@ -1,0 +1,130 @@
+"""The CPU backend of `moe_mlp`: the C++ kernel where it wins, `F.grouped_mm` elsewhere.
+
+Letters: T tokens, D hidden, F expert width, E experts, R rows.
+"""
+
+import torch
+from torch import Tensor
+
+from dvpa_kernels.cpu.library import FORMATS, run_kernel, status
+from dvpa_kernels.routing import RowRouting
+from dvpa_kernels.torch_grouped import moe_mlp_torch
+
+# Mean rows of the experts that have any, above which F.grouped_mm takes over: for fp32, and for
+# bf16 and fp16. Measured with D 1024, F 512, E 64, K 8 on one core of a busy AVX-512 machine that
+# has no bf16 instructions (CPU time; times faster than F.grouped_mm, by rows per expert):
+#   avx512 bf16: 2.2 at 1, 3.6 at 8, 3.0 at 64, 2.6 at 256;  fp16: 4.7 at 8, 5.6 at 64
+#   avx512 fp32: 1.3 at 1, 2.0 at 8, 1.1 at 64
+# Forced there, so against an AVX-512 grouped_mm:
+#   avx2 bf16: 2.7 at 8, 1.7 at 64;  fp32: 1.5 at 8, 0.5 at 64
+#   plain bf16: 1.7 at 1, 1.2 at 1.6, 0.6 at 8;  fp32: 1.2 at 1, 0.8 at 1.6
+# avx512_bf16 is not measured; grouped_mm has those instructions too, hence the caution.
+MAX_ROWS_PER_EXPERT = {
+    "plain": (1, 2),
+    "avx2": (8, 64),
+    "avx512": (64, 256),
+    "avx512_bf16": (64, 16),
+}
+
+
+def max_rows_per_expert(isa: str, dtype: torch.dtype) -> int:
+    """The entry of MAX_ROWS_PER_EXPERT."""
+    return MAX_ROWS_PER_EXPERT[isa][0 if dtype == torch.float32 else 1]
+
+
+def moe_mlp_cpu(
+    x: Tensor, w_gate_up: Tensor, w_down: Tensor, routing: RowRouting, isa: str | None = None
+) -> Tensor:
+    """As `moe_mlp_torch`; sums in fp32 throughout, and bitwise the same for any number of threads.
+
+    `moe_mlp_torch` does it instead where a gradient is asked for, where experts have many rows
+    each, for fp64, and on a machine without the kernel (announced once). Under `torch.compile` this
+    is one operator, `dvpa_kernels::cpu_moe_mlp`.
+
+    Args:
+        x: [T, D] on the CPU.
+        w_gate_up: [E, 2F, D].
+        w_down: [E, D, F].
+        routing: from `make_routing`.
+        isa: force the kernel, with this instruction set (one of `status().isas`); for tests.
+
+    Raises:
+        RuntimeError: the operands are not on the CPU.
+        ValueError: this machine cannot run `isa`.
+    """
+    if x.device.type != "cpu":
+        raise RuntimeError(f"backend 'cpu': x is on {x.device}; use 'triton' or 'torch' there")
+    floating = (x, w_gate_up, w_down, routing.weight)
+    wants_grad = torch.is_grad_enabled() and any(value.requires_grad for value in floating)
+    if wants_grad or x.dtype not in FORMATS:
+        return moe_mlp_torch(x, w_gate_up, w_down, routing)
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        return cpu_moe_mlp(
+            x,
+            w_gate_up,
+            w_down,
+            routing.weight,
+            routing.token_index,
+            routing.expert_offsets,
+            routing.token_rows,
+            routing.token_offsets,
+        )
+    return _run(x, w_gate_up, w_down, routing, isa)
+
+
+def _run(
+    x: Tensor, w_gate_up: Tensor, w_down: Tensor, routing: RowRouting, isa: str | None
+) -> Tensor:
+    """Kernel or grouped GEMM, by what is loaded and the rows an expert has; eager only."""
+    if isa is None:
+        isa = status().isa
+        if isa is None or _is_large(routing, max_rows_per_expert(isa, x.dtype)):
+            return moe_mlp_torch(x, w_gate_up, w_down, routing)
+    return run_kernel(x, w_gate_up, w_down, routing, isa, torch.get_num_threads())
+
+
+def _is_large(routing: RowRouting, max_rows: int) -> bool:
+    rows = routing.token_index.shape[0]
+    if rows <= max_rows:  # decode: not worth counting
+        return False
+    used = int(torch.count_nonzero(routing.expert_offsets.diff()))
+    return rows > max_rows * used
+
+
+@torch.library.custom_op("dvpa_kernels::cpu_moe_mlp", mutates_args=(), device_types="cpu")
+def cpu_moe_mlp(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    weight: Tensor,
+    token_index: Tensor,
+    expert_offsets: Tensor,
+    token_rows: Tensor,
+    token_offsets: Tensor,
+) -> Tensor:
+    """`moe_mlp_cpu` for a graph: the rows come with their padding, which is cut off here."""
+    rows = int(expert_offsets[-1])
+    routing = RowRouting(
+        token_index[:rows],
+        weight[:rows],
+        expert_offsets,
+        token_rows[:rows],
+        token_offsets,
+        x.shape[0],
+        is_checked=True,
+    )
+    return _run(x, w_gate_up, w_down, routing, None)
+
+
+@cpu_moe_mlp.register_fake
+def _(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    weight: Tensor,
+    token_index: Tensor,
+    expert_offsets: Tensor,
+    token_rows: Tensor,
+    token_offsets: Tensor,
+) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
