@@ -1,4 +1,4 @@
-"""Makes Transformers' Auto classes know `model_type: dvpa`, whichever package comes first.
+"""Makes Transformers know `model_type: dvpa` and our expert kernels, whichever package comes first.
 
 Nothing heavy is imported for it. Where Transformers' tables are not loaded yet, an import hook
 fills them the moment they are; a process that only reads tier maps or prices never loads torch. The
@@ -43,7 +43,15 @@ def _register_models(auto: ModuleType) -> None:
         auto_class.register(DvpaConfig, _OnFirstUse(name, (), body), exist_ok=True)
 
 
+def _register_experts(moe: ModuleType) -> None:
+    # Transformers has imported torch by now; nothing else heavy is behind this.
+    from dvpa.experts_interface import register_experts
+
+    register_experts(moe)
+
+
 _PENDING: dict[str, Callable[[ModuleType], None]] = {
+    "transformers.integrations.moe": _register_experts,
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.modeling_auto": _register_models,
 }

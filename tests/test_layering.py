@@ -29,6 +29,7 @@ RANKS = {
     "dvpa.tiers": 2,
     "dvpa.ops": 3,
     "dvpa.model": 4,
+    "dvpa.experts_interface": 4,
     "dvpa.checkpoint": 5,
     "dvpa.registration": 5,
     "dvpa.engine": 6,
