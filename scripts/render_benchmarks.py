@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kernel_page import FIGURE, fit_lines, introduction, kernel_parts, linear_png
+
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
 HEADER = """# Benchmarks
 
@@ -157,16 +159,46 @@ def render_words(report: dict[str, Any]) -> str:
     )
 
 
-RENDERERS = {"demo": render_demo, "words": render_words, "tiers": render_tiers}
+def render_kernels(result: dict[str, Any]) -> str:
+    """The expert kernels beside their peers and limits."""
+    where = "a GPU" if result["machine"]["device"] == "cuda" else "a CPU"
+    parts = [f"## The expert kernels on {where}", introduction(result)]
+    for text, head, rows in kernel_parts(result):
+        parts += [text, table(head, rows)]
+    if lines := fit_lines(result):
+        head = ["shape", "T", "implementation", "ms per k", "ms at k = 0", "R^2", "mixed off line"]
+        parts += [
+            f"![Time against mean k](benchmarks/{FIGURE})",
+            "Time against mean k at fixed T: the line through "
+            "uniform and mixed batches; last column: the mixed batch farthest from the line "
+            "through the uniform ones.",
+            table(head, lines),
+        ]
+    return "\n\n".join([*parts, machine({**result["machine"], **result["versions"]})])
+
+
+RENDERERS = {
+    "demo": render_demo,
+    "words": render_words,
+    "tiers": render_tiers,
+    "kernels_cpu": render_kernels,
+    "kernels_gpu": render_kernels,
+}
 
 
 def main() -> None:
-    """Write docs/benchmarks.md."""
+    """Write docs/benchmarks.md and the kernels' figure."""
     parts = [HEADER.strip()]
+    kernels = []
     for name, render in RENDERERS.items():
         path = FOLDER / f"{name}.json"
         if path.is_file():
-            parts.append(render(json.loads(path.read_text())))
+            result = json.loads(path.read_text())
+            parts.append(render(result))
+            if name.startswith("kernels_"):
+                kernels.append(result)
+    if (png := linear_png(kernels)) is not None:
+        (FOLDER / FIGURE).write_bytes(png)
     (FOLDER.parent / "benchmarks.md").write_text("\n\n".join(parts) + "\n")
 
 
