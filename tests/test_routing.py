@@ -336,6 +336,30 @@ def test_overhead_is_charged_to_adaptive_and_granted_to_the_rest(
     assert "tfidf" not in charged
 
 
+def test_long_answers_cost_more_than_short_ones(tables: tuple[OutcomeTable, ...]) -> None:
+    """Every row is charged for its own requests' tokens, and matched to adaptive in those."""
+    fit, calibrate, test = tables
+    tokens = np.random.default_rng(0).integers(1, 9, len(test)).astype(float)
+    request_costs = tokens[:, None] * np.asarray(COSTS) / tokens.mean()
+    tier_map = fitted(fit, calibrate)
+    rows = routing.compare_routers(
+        fit, calibrate, test, tier_map, request_costs=request_costs, num_resamples=64
+    )
+    chosen = tier_map.tiers(test.difficulty)
+    paid = sum(COSTS[t] * n for t, n in zip(chosen, tokens, strict=True)) / tokens.sum()
+    assert rows["adaptive"]["mean_activated_params"] == pytest.approx(paid)
+    assert paid != pytest.approx(np.asarray(COSTS)[chosen].mean(), rel=1e-3)
+    for name in ("random", "length", "cascade"):
+        assert rows[name]["mean_activated_params"] == pytest.approx(paid, rel=5e-3), name
+    assert rows["oracle_at_budget"]["mean_activated_params"] <= paid * (1 + 1e-9)
+    curves = routing.routing_frontier(
+        fit, calibrate, test, tier_map, request_costs=request_costs, num_points=3
+    )
+    assert curves["random"]["cost"] == pytest.approx(COSTS)
+    with pytest.raises(ValueError, match="request_costs must have shape"):
+        routing.compare_routers(fit, calibrate, test, tier_map, request_costs=request_costs[:5])
+
+
 def test_requests_without_a_difficulty_go_to_the_default_tier(
     tables: tuple[OutcomeTable, ...],
 ) -> None:

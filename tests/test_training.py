@@ -170,6 +170,8 @@ def test_routed_costs_count_every_position_once(trained: TrainedRun) -> None:
         (100.0 * read + cost * answered).sum() / (read + answered).sum()
         for cost in (100.0, 200.0, 400.0)
     ]
-    assert costs == pytest.approx(naive)
-    assert costs[0] == 100.0
+    assert costs.mean(axis=0) == pytest.approx(naive)
+    one = int(requests.completion_tokens[:, 0].argmax())
+    tokens = (read + answered).mean()
+    assert costs[one, 2] * tokens == pytest.approx(100.0 * read[one] + 400.0 * answered[one])
     assert list(trained.model.tier_map.costs) == sorted(trained.model.tier_map.costs)

@@ -1,11 +1,12 @@
 """Routers to compare with: what each would have chosen, as pure functions of outcomes, scores and
 costs.
 
-Letters: `N` requests, `T` tiers (base first), `R` random draws. `costs` [T] are activated
-parameters per tier. Score-based baselines (length, TF-IDF, cascade) are fitted by the same
-`fit_tier_map` as the product's own tier map, on the fit and calibrate splits only. Their budget is
-then set so that they spend what the adaptive router spends on the test requests; that reads test
-scores, never test outcomes, and removes a difference in cost from the comparison.
+Letters: `N` requests, `T` tiers (base first), `R` random draws. `costs` are activated parameters
+per tier, [T], or where requests differ in length [N, T] (see `compare_routers`). Score-based
+baselines (length, TF-IDF, cascade) are fitted by the same `fit_tier_map` as the product's own tier
+map, on the fit and calibrate splits only. Their budget is then set so that they spend what the
+adaptive router spends on the test requests; that reads test scores and answer lengths, never test
+outcomes, and removes a difference in cost from the comparison.
 """
 
 import logging
@@ -34,18 +35,23 @@ class Scores:
     test: FloatArray
 
 
-def realised(quality: FloatArray, costs: Sequence[float], tier: IntArray) -> tuple[float, float]:
-    """(mean quality, mean activated parameters) of the choice `tier` [N] on outcomes `quality` [N,
-    T].
-    """
-    rows = np.arange(len(tier))
-    return float(quality[rows, tier].mean()), float(np.asarray(costs, dtype=float)[tier].mean())
+def spent(costs: Sequence[float] | FloatArray, tier: IntArray) -> float:
+    """Mean cost of the choice `tier` [N] at `costs` [T] or [N, T]."""
+    wide = np.broadcast_to(np.asarray(costs, dtype=float), (len(tier), np.shape(costs)[-1]))
+    return float(wide[np.arange(len(tier)), tier].mean())
+
+
+def realised(
+    quality: FloatArray, costs: Sequence[float] | FloatArray, tier: IntArray
+) -> tuple[float, float]:
+    """(mean quality, mean cost) of the choice `tier` [N] on outcomes `quality` [N, T]."""
+    return float(quality[np.arange(len(tier)), tier].mean()), spent(costs, tier)
 
 
 def cascade_costs(costs: Sequence[float] | FloatArray) -> FloatArray:
-    """Cost [T] of a cascade that ends at each tier: the base call is paid before a second one."""
-    charged = np.asarray(costs, dtype=float) + costs[0]
-    charged[0] = costs[0]
+    """Cost [..., T] of a cascade that ends at each tier: the base call is paid before a second."""
+    charged = np.array(costs, dtype=float)
+    charged[..., 1:] += charged[..., :1]
     return charged
 
 
@@ -93,31 +99,32 @@ def oracle_tiers(quality: FloatArray) -> IntArray:
 
 
 def oracle_tiers_at_budget(
-    quality: FloatArray, costs: Sequence[float], mean_cost: float
+    quality: FloatArray, costs: Sequence[float] | FloatArray, mean_cost: float
 ) -> IntArray:
     """Tiers [N] of the best choice made with the outcomes known, at a mean cost of at most
-    `mean_cost`.
+    `mean_cost`; `costs` [T] or [N, T].
 
     Multiple-choice knapsack, solved through its LP relaxation: each request starts at the base tier
     and moves up its own concave hull; steps are bought in order of quality per cost. At most one
     step per tier pair is lost to rounding.
     """
-    axis = np.asarray(costs, dtype=float)
-    if mean_cost < axis[0]:
+    axis = np.broadcast_to(np.asarray(costs, dtype=float), quality.shape)
+    least = float(axis[:, 0].mean())
+    if mean_cost < least * (1 - 1e-12):
         raise ValueError(
-            f"mean_cost must be at least the base tier's {axis[0]:.0f}, got {mean_cost:.0f}"
+            f"mean_cost must be at least the base tier's {least:.0f}, got {mean_cost:.0f}"
         )
-    # (-gain per cost, request, tier reached, extra cost); rows with equal outcomes share one hull.
+    # (-gain per cost, request, tier reached, extra cost); equal rows share one hull.
     hulls: dict[bytes, list[tuple[float, int, float]]] = {}
     steps: list[tuple[float, int, int, float]] = []
     for request, row in enumerate(quality):
-        hull = hulls.setdefault(row.tobytes(), [])
+        hull = hulls.setdefault(row.tobytes() + axis[request].tobytes(), [])
         if not hull:
-            hull.extend(_hull_steps(row, axis))
+            hull.extend(_hull_steps(row, axis[request]))
         steps.extend((-gain, request, reached, extra) for gain, reached, extra in hull)
     steps.sort(key=lambda step: step[0])  # stable: a request's own steps keep their order
     tiers = np.zeros(len(quality), dtype=np.int64)
-    left = (mean_cost - axis[0]) * len(quality) * (1 + 1e-12)
+    left = (mean_cost - least) * len(quality) + 1e-12 * mean_cost * len(quality)
     skipped: set[int] = set()
     for _, request, reached, extra in steps:
         if extra > left or request in skipped:
@@ -256,36 +263,42 @@ def route_by_score(
     mean_cost: float,
     kind: str,
     seed: int = 0,
+    charged: FloatArray | None = None,
     max_fits: int = 6,
 ) -> IntArray:
-    """Tiers [N] on the test split of a router on `scores` that spends `mean_cost` there.
+    """Tiers [N] on the test split of a router on `scores` that spends `mean_cost` there, at the
+    prices `charged` [N, T] (default: `costs` [T], which the maps are fitted with).
 
     Tier maps are fitted at budgets that close in on the realised test cost. What is left between
     the nearest one below and the nearest one above (at the ends: always-base, always-top) is spent
     by a seeded coin between the two, so that coarse scores do not leave money on the table.
     """
-    axis = np.asarray(costs, dtype=float)
-    target = float(np.clip(mean_cost, axis[0], axis[-1]))
-    below = np.zeros(len(scores.test), dtype=np.int64)
-    above = np.full(len(scores.test), len(axis) - 1, dtype=np.int64)
-    budget, low, high = target, float(axis[0]), float(axis[-1])
+    num_requests, num_tiers = len(scores.test), len(costs)
+    prices = np.broadcast_to(
+        np.asarray(costs if charged is None else charged, dtype=float), (num_requests, num_tiers)
+    )
+    below = np.zeros(num_requests, dtype=np.int64)
+    above = np.full(num_requests, num_tiers - 1, dtype=np.int64)
+    target = float(np.clip(mean_cost, spent(prices, below), spent(prices, above)))
+    low, high = float(costs[0]), float(costs[-1])
+    budget = float(np.clip(target, low, high))
     for _ in range(max_fits):
         tiers = fit_tiers(scores, fit, calibrate, costs, tier_names, budget, kind)
-        realised_cost = float(axis[tiers].mean())
-        if realised_cost <= target:
-            below = tiers if realised_cost >= axis[below].mean() else below
+        cost = spent(prices, tiers)
+        if cost <= target:
+            below = tiers if cost >= spent(prices, below) else below
             low = budget
         else:
-            above = tiers if realised_cost <= axis[above].mean() else above
+            above = tiers if cost <= spent(prices, above) else above
             high = budget
-        if abs(realised_cost - target) <= 2e-3 * target:
+        if abs(cost - target) <= 2e-3 * target:
             break
         # The error as a correction; halving where that would leave the bracket.
-        budget += target - realised_cost
+        budget += target - cost
         if not low < budget < high:
             budget = (low + high) / 2
-    gap = float(axis[above].mean() - axis[below].mean())
-    share = (target - float(axis[below].mean())) / gap if gap > 0 else 0.0
+    gap = spent(prices, above) - spent(prices, below)
+    share = (target - spent(prices, below)) / gap if gap > 0 else 0.0
     lifted = np.random.default_rng(seed).permutation(len(below))[: round(share * len(below))]
     mixed = below.copy()
     mixed[lifted] = above[lifted]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dvpa.evaluate.aggregate import aggregate_reports
 from dvpa.evaluate.baselines import question_scores
@@ -42,6 +43,7 @@ def build_report(
     seed: int,
     questions: Mapping[str, str] | None = None,
     overhead: Sequence[float] | None = None,
+    request_costs: npt.NDArray[np.float64] | None = None,
     ms: Mapping[str, Sequence[float]] | None = None,
     whole: OutcomeTable | None = None,
     whole_costs: Sequence[float] | None = None,
@@ -53,8 +55,8 @@ def build_report(
     """The report of one seed; all qualities are on `test`, which neither the head nor the tier map
     has seen.
 
-    `questions`, `overhead`, `ms`, `whole`, `whole_costs`: see `compare_routers`. A sample:
-    {question, text, expected, telemetry}.
+    `questions`, `overhead`, `request_costs`, `ms`, `whole`, `whole_costs`: see `compare_routers`. A
+    sample: {question, text, expected, telemetry}.
     """
     costs, names = list(tier_map.costs), list(tier_map.tier_names)
     tfidf = None
@@ -67,13 +69,22 @@ def build_report(
         tier_map,
         tfidf=tfidf,
         overhead=overhead,
+        request_costs=request_costs,
         ms=ms,
         whole=whole,
         whole_costs=whole_costs,
         num_resamples=num_resamples,
         seed=seed,
     )
-    frontier = routing_frontier(fit, calibrate, test, tier_map, overhead=overhead, seed=seed)
+    frontier = routing_frontier(
+        fit,
+        calibrate,
+        test,
+        tier_map,
+        overhead=overhead,
+        request_costs=request_costs,
+        seed=seed,
+    )
     whole = test if whole is None else whole
     costs = costs if whole_costs is None else list(whole_costs)
     mean_quality = whole.quality.mean(axis=0)
@@ -104,7 +115,7 @@ def build_report(
         "read_by_base": [
             {"name": name, "quality": float(quality), "mean_activated_params": float(cost)}
             for name, quality, cost in zip(
-                names, test.quality.mean(axis=0), tier_map.costs, strict=True
+                names, test.quality.mean(axis=0), frontier["random"]["cost"], strict=True
             )
         ],
         "levels": levels,

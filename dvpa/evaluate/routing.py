@@ -24,6 +24,7 @@ from dvpa.evaluate.baselines import (
     random_mix,
     realised,
     route_by_score,
+    spent,
     tfidf_scores,
     uncertainty_scores,
 )
@@ -72,6 +73,7 @@ __all__ = [
     "route_by_score",
     "routing_frontier",
     "spearman",
+    "spent",
     "tfidf_scores",
     "uncertainty_scores",
 ]
@@ -102,6 +104,7 @@ def compare_routers(
     questions: Mapping[str, str] | None = None,
     tfidf: Scores | None = None,
     overhead: Sequence[float] | None = None,
+    request_costs: FloatArray | None = None,
     ms: Mapping[str, Sequence[float]] | None = None,
     whole: OutcomeTable | None = None,
     whole_costs: Sequence[float] | None = None,
@@ -114,6 +117,9 @@ def compare_routers(
 
     questions      request id -> question text; with it the `tfidf` row is computed.
     tfidf          the scores for it, if already computed.
+    request_costs  activated parameters of each test request at each tier [N, T], so scaled that
+    the mean over requests is the mean over tokens: a long answer at a tier costs more than a short
+    one. Default: the tier map's costs for every request.
     overhead       extra activated parameters per request that the head costs when it picks each
     tier [T] (default 0);
                    charged to `adaptive`, and granted to every router that is matched to it.
@@ -131,24 +137,25 @@ def compare_routers(
     standard_error} of the paired bootstrap. Rows: always_<tier>, random, length, tfidf, cascade
     (both calls charged), adaptive, oracle_at_budget, oracle.
     """
-    costs = np.asarray(tier_map.costs, dtype=float)
+    tier_costs = np.asarray(tier_map.costs, dtype=float)
     names = list(tier_map.tier_names)
     for split, table in (("fit", fit), ("calibrate", calibrate), ("test", test)):
-        if table.num_tiers != len(costs):
+        if table.num_tiers != len(tier_costs):
             raise ValueError(
-                f"{split} table has {table.num_tiers} tiers, the tier map {len(costs)}"
+                f"{split} table has {table.num_tiers} tiers, the tier map {len(tier_costs)}"
             )
         if len(table) == 0:
             raise ValueError(f"{split} table has no requests")
     quality = test.quality
     whole = test if whole is None else whole
     whole_quality = whole.quality
-    whole_price = costs if whole_costs is None else np.asarray(whole_costs, dtype=float)
+    costs = per_request(tier_map, test, request_costs)
+    whole_price = tier_costs if whole_costs is None else np.asarray(whole_costs, dtype=float)
     if whole.ids != test.ids:
         raise ValueError("whole must hold the requests of the test table, in their order")
     adaptive = adaptive_tiers(tier_map, test.difficulty)
-    extra = np.zeros(len(costs)) if overhead is None else np.asarray(overhead, dtype=float)
-    target = float((costs + extra)[adaptive].mean())
+    extra = np.zeros(len(names)) if overhead is None else np.asarray(overhead, dtype=float)
+    target = spent(costs + extra, adaptive)
     kind = baseline_kind or tier_map.kind
 
     # router -> (tier that answered [N], cost of answering at each tier [T])
@@ -156,22 +163,25 @@ def compare_routers(
         f"always_{name}": (np.full(len(test), tier, dtype=np.int64), whole_price)
         for tier, name in enumerate(names)
     }
-    mix = random_mix(costs, target)
-    scored = {"length": (length_scores(fit, calibrate, test, seed), costs)}
+    mix = random_mix(costs.mean(axis=0), target)
+    scored = {"length": (length_scores(fit, calibrate, test, seed), False)}
     if questions is not None and tfidf is None:
         tfidf = question_scores(fit, calibrate, test, questions, seed)
     if tfidf is not None:
-        scored["tfidf"] = (tfidf, costs)
+        scored["tfidf"] = (tfidf, False)
     uncertainty = uncertainty_scores(fit, calibrate, test)
     if uncertainty is not None:
-        scored["cascade"] = (uncertainty, cascade_costs(costs))
-    for name, (scores, charged) in scored.items():
+        scored["cascade"] = (uncertainty, True)
+    for name, (scores, pays_twice) in scored.items():
+        prices = cascade_costs(costs) if pays_twice else costs
+        fitted_with = cascade_costs(tier_costs) if pays_twice else tier_costs
         tiers = route_by_score(
-            scores, fit, calibrate, charged.tolist(), names, target, kind, seed=seed
+            scores, fit, calibrate, fitted_with.tolist(), names, target, kind, seed, prices
         )
-        choices[name] = (tiers, charged)
+        choices[name] = (tiers, prices)
     choices["adaptive"] = (adaptive, costs + extra)
-    budget_oracle = oracle_tiers_at_budget(quality, costs.tolist(), max(target, float(costs[0])))
+    least = float(costs[:, 0].mean())
+    budget_oracle = oracle_tiers_at_budget(quality, costs, max(target, least))
     choices["oracle_at_budget"] = (budget_oracle, costs)
     choices["oracle"] = (oracle_tiers(quality), costs)
 
@@ -192,14 +202,14 @@ def compare_routers(
     rows: dict[str, dict[str, Any]] = {}
     for name in order:
         if name == "random":
-            share = np.zeros(len(costs))
+            share = np.zeros(len(names))
             share[mix.high] += mix.share
             share[mix.low] += 1 - mix.share
-            mean_cost = float(share @ costs)
+            mean_cost = float(share @ costs.mean(axis=0))
         else:
             tiers, charged = choices[name]
-            share = np.bincount(tiers, minlength=len(costs)) / len(tiers)
-            mean_cost = float(charged[tiers].mean())
+            share = np.bincount(tiers, minlength=len(names)) / len(tiers)
+            mean_cost = spent(charged, tiers)
         row: dict[str, Any] = {
             "quality": float(values[name].mean()),
             "mean_activated_params": mean_cost,
@@ -231,6 +241,7 @@ def routing_frontier(
     tier_map: TierMap,
     *,
     overhead: Sequence[float] | None = None,
+    request_costs: FloatArray | None = None,
     num_points: int = 13,
     seed: int = 0,
 ) -> dict[str, dict[str, list[float]]]:
@@ -240,18 +251,20 @@ def routing_frontier(
     `adaptive` (refitted on fit + calibrate at every budget; absent without difficulties), `length`,
     `random` (through the always-tiers) and `oracle`. Costs are realised mean activated parameters.
     """
-    costs = np.asarray(tier_map.costs, dtype=float)
+    tier_costs = np.asarray(tier_map.costs, dtype=float)
+    costs = per_request(tier_map, test, request_costs)
     names = list(tier_map.tier_names)
-    extra = np.zeros(len(costs)) if overhead is None else np.asarray(overhead, dtype=float)
-    budgets = np.linspace(costs[0], costs[-1], num_points)
+    extra = np.zeros(len(names)) if overhead is None else np.asarray(overhead, dtype=float)
+    budgets = np.linspace(tier_costs[0], tier_costs[-1], num_points)
+    mean_costs = costs.mean(axis=0)
     curves: dict[str, dict[str, list[float]]] = {
-        "random": {"cost": costs.tolist(), "quality": test.quality.mean(axis=0).tolist()},
+        "random": {"cost": mean_costs.tolist(), "quality": test.quality.mean(axis=0).tolist()},
         "oracle": {"cost": [], "quality": []},
     }
-    for budget in budgets:
-        tiers = oracle_tiers_at_budget(test.quality, costs.tolist(), float(budget))
-        _append(curves["oracle"], realised(test.quality, costs.tolist(), tiers))
-    sweeps = {"length": (length_scores(fit, calibrate, test, seed), np.zeros(len(costs)))}
+    for budget in np.linspace(mean_costs[0], mean_costs[-1], num_points):
+        tiers = oracle_tiers_at_budget(test.quality, costs, float(budget))
+        _append(curves["oracle"], realised(test.quality, costs, tiers))
+    sweeps = {"length": (length_scores(fit, calibrate, test, seed), np.zeros(len(names)))}
     tables = (fit, calibrate, test)
     if all(bool(np.isfinite(table.difficulty).all()) for table in tables):
         head = Scores(fit.difficulty, calibrate.difficulty, test.difficulty)
@@ -260,10 +273,21 @@ def routing_frontier(
         curves[name] = {"cost": [], "quality": []}
         for budget in budgets:
             tiers = fit_tiers(
-                scores, fit, calibrate, costs.tolist(), names, float(budget), tier_map.kind
+                scores, fit, calibrate, tier_costs.tolist(), names, float(budget), tier_map.kind
             )
-            _append(curves[name], realised(test.quality, (costs + added).tolist(), tiers))
+            _append(curves[name], realised(test.quality, costs + added, tiers))
     return curves
+
+
+def per_request(
+    tier_map: TierMap, test: OutcomeTable, request_costs: FloatArray | None
+) -> FloatArray:
+    """Costs [N, T] of the test requests. ValueError for the wrong shape."""
+    shape = (len(test), len(tier_map.costs))
+    given = tier_map.costs if request_costs is None else request_costs
+    if request_costs is not None and request_costs.shape != shape:
+        raise ValueError(f"request_costs must have shape {shape}, got {request_costs.shape}")
+    return np.broadcast_to(np.asarray(given, dtype=float), shape)
 
 
 def difficulty_metrics(

@@ -17,8 +17,8 @@ What makes the levels honest:
   loosen the tie further.
 - An item depends on (seed, split, stream, index) only, through BLAKE2b and SplitMix64: no state, no
   process, no Python version. A question belongs to one split by its own hash, whatever the seed.
-  Facts are the exception by nature: training has them all, and every evaluation split has its own
-  third of them.
+  Facts are the exception by nature: training has them all, `fit` has half of them (the difficulty
+  head and the tier map share that split), `calibrate` and `test` a quarter each.
 """
 
 import hashlib
@@ -37,6 +37,7 @@ HOPELESS_LEVEL = 4
 FILLER_WORD = "hm"
 
 _EVALUATION_SPLITS = SPLITS[1:]
+_FACT_TURNS = ("fit", "calibrate", "test", "fit")
 _RANK_SHARES = (0.01, 0.11, 0.4433)  # of num_facts: where levels 0, 1, 2 of recall end
 
 
@@ -46,7 +47,7 @@ class GradedTasks:
     num_facts: facts in the training split, 300 .. 5000. level_weights: how often each level is
     drawn (relative); the training split has no level 4, whose weight is dropped there. zipf:
     exponent of the frequency of a fact by its rank within its level, in training only (0: uniform).
-    filler: share of questions with one to six filler words in front. recall_share: share of facts
+    filler: share of questions with one to four filler words in front. recall_share: share of facts
     in levels 0 .. 3 (None: as often as each other form of the level).
     """
 
@@ -172,7 +173,7 @@ class GradedTasks:
     def _with_filler(self, question: str, draws: Draws) -> str:
         if not self.filler or draws.fraction() >= self.filler:
             return question
-        return f"{FILLER_WORD} " * draws.between(1, 6) + question
+        return f"{FILLER_WORD} " * draws.between(1, 4) + question
 
     def _of_level(self, split: str, level: int, count: int, seed: int, unique: bool) -> list[Task]:
         tasks: list[Task] = []
@@ -214,7 +215,7 @@ class GradedTasks:
                 value = SYLLABLES[int.from_bytes(hashed[8:], "big") % len(SYLLABLES)]
                 fact = (fact_question(key), value)
                 # In turn, not by hash: level 0 has few facts, and no split may go without.
-                facts[_EVALUATION_SPLITS[rank % len(_EVALUATION_SPLITS)]][level].append(fact)
+                facts[_FACT_TURNS[rank % len(_FACT_TURNS)]][level].append(fact)
                 if level != HOPELESS_LEVEL:
                     facts["train"][level].append(fact)
         return facts

@@ -26,7 +26,7 @@ from dvpa.tasks import Task
 from dvpa.tasks.encoding import encode_tasks
 from dvpa_train.baselines import baseline_rows
 from dvpa_train.config import load_recipe
-from dvpa_train.main import WHOLE, TrainedRun, run_recipe
+from dvpa_train.main import WHOLE, TrainedRun, routed_costs, run_recipe
 from dvpa_train.tables import print_report
 
 RECIPE = "train/nano.yaml"
@@ -96,6 +96,7 @@ def _one_seed(
     recipe = load_recipe(recipe_name, [f"seed={seed}", *overrides])
     trained = run_recipe(recipe, out, console)
     tables, tasks = trained.outcomes, trained.tasks
+    whole_costs = [tier.activated_params for tier in price(trained.model.config).tiers]
     report = build_report(
         tables["fit"],
         tables["calibrate"],
@@ -104,9 +105,10 @@ def _one_seed(
         seed=seed,
         questions={task.id: task.question for part in tasks.values() for task in part},
         overhead=head_overhead(trained),
+        request_costs=routed_costs(whole_costs, tables["test"]),
         ms=measure_ms(trained),
         whole=tables[WHOLE],
-        whole_costs=[tier.activated_params for tier in price(trained.model.config).tiers],
+        whole_costs=whole_costs,
         samples=_samples(trained),
         wall_seconds=time.perf_counter() - started,
     )

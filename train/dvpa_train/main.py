@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -27,6 +29,8 @@ from dvpa_train.difficulty import train_head
 from dvpa_train.examples import PARTS, Source, make_source
 from dvpa_train.growth import attach_head
 from dvpa_train.stages import Run, StageReport, quiet_lightning
+
+FloatArray = npt.NDArray[np.float64]
 
 WHOLE = "test_whole"  # the test requests, each tier reading the prompt itself
 
@@ -134,7 +138,7 @@ def _score_and_calibrate(
     model.tier_map = fit_tier_map(
         fit,
         calibrate,
-        costs=routed_costs(whole, outcomes["calibrate"]),
+        costs=routed_costs(whole, outcomes["calibrate"]).mean(axis=0).tolist(),
         budget=budget,
         tier_names=config.tier_names,
         kind=recipe.calibration.kind,
@@ -145,14 +149,17 @@ def _score_and_calibrate(
     return model, outcomes
 
 
-def routed_costs(activated: Sequence[float], requests: OutcomeTable) -> list[float]:
-    """Activated parameters per token of these requests, by answering tier.
+def routed_costs(activated: Sequence[float], requests: OutcomeTable) -> FloatArray:
+    """Activated parameters of each request at each answering tier [N, T].
 
     The base tier reads the prompt up to its last token; that token and the answer run at the tier.
+    Divided by the mean number of tokens a request has, so that the mean over requests is the mean
+    over tokens.
     """
-    read = float((requests.prompt_tokens - 1).sum())
-    answered = float(requests.completion_tokens[:, 0].sum())
-    return [(activated[0] * read + cost * answered) / (read + answered) for cost in activated]
+    read = (requests.prompt_tokens - 1).astype(float)[:, None]
+    answered = requests.completion_tokens[:, :1].astype(float)
+    total = activated[0] * read + np.asarray(activated, dtype=float) * answered
+    return total / float((read + answered).mean())
 
 
 def _save(model: DvpaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
