@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a CUDA GPU, in one command, without a network:
 #   bash scripts/gpu_check.sh [--autotune] [--no-tests] [--no-bench] [-- BENCH ARGUMENTS]
-#     tests      the GPU tests of the kernels, and Transformers models with our experts
+#     tests      the GPU tests of the kernels, Transformers models with our experts, and the CPU
+#                kernel's (the host may have instructions that other machines lack)
 #     autotune   write kernels/dvpa_kernels/tuned/*.json for this GPU (before the benchmark uses it)
 #     bench      scripts/bench_kernels.py --device cuda -> docs/benchmarks/kernels_gpu.json
 #   OUT=dir      results go there instead of docs/benchmarks (tests.log, kernels_gpu.json, tuned/)
@@ -17,7 +18,7 @@ while [ $# -gt 0 ]; do
         --no-tests) run_tests=0 ;;
         --no-bench) run_bench=0 ;;
         --) shift; break ;;
-        *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+        *) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
     esac
     shift
 done
@@ -50,7 +51,8 @@ if [ "$run_tests" = 1 ]; then
     log="$results/tests.log"
     [ -n "${OUT:-}" ] || log=/dev/null
     echo "== GPU tests"
-    "$python" -m pytest -q -ra tests/test_gpu_kernel.py tests/test_experts_interface.py 2>&1 \
+    "$python" -m pytest -q -ra tests/test_gpu_kernel.py tests/test_experts_interface.py \
+        tests/test_cpu_kernel.py 2>&1 \
         | tee "$log" || status=1
 fi
 if [ "$run_autotune" = 1 ]; then

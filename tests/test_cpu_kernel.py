@@ -22,7 +22,9 @@ from torch import Tensor
 from dvpa_kernels import RowRouting, make_routing, moe_mlp
 from dvpa_kernels.cpu import build, library, moe_mlp_cpu, op, status
 from dvpa_kernels.cpu.build import COMPILE_FLAGS, MAIN_SOURCE, find_compiler, loaded_openmp
+from dvpa_kernels.cpu.library import sort_rows_cpu
 from dvpa_kernels.reference import moe_mlp_reference
+from dvpa_kernels.routing import sort_rows
 from dvpa_kernels.torch_grouped import moe_mlp_torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -400,3 +402,26 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, quick_compiler: str) -> 
 def test_the_flags_ask_for_no_inexact_mathematics() -> None:
     assert not {"-ffast-math", "-Ofast", "-march=native"} & set(COMPILE_FLAGS)
     assert MAIN_SOURCE.is_file()
+
+
+@needs_kernel
+@given(st.integers(0, 9), st.integers(0, 5), st.integers(1, 7), st.integers(0, 10_000))
+def test_the_counting_sort_is_the_portable_one(
+    tokens: int, slots: int, experts: int, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    index = torch.randint(0, experts + 1, (tokens, slots), generator=g)
+    order, expert_offsets, token_rows, token_offsets = sort_rows(index, experts)
+    rows = int(expert_offsets[-1])
+    found = sort_rows_cpu(index.to(torch.int32) if seed % 2 else index, experts)
+    assert found is not None
+    expected = (
+        order[:rows],
+        order[:rows] // max(slots, 1),
+        expert_offsets,
+        token_rows[:rows],
+        token_offsets,
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert ours.tolist() == theirs.tolist()

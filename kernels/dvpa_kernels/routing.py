@@ -55,26 +55,44 @@ def make_routing(topk_index: Tensor, topk_weight: Tensor, num_experts: int) -> R
     if topk_index.is_floating_point() or topk_index.dtype == torch.bool:
         raise ValueError(f"topk_index: dtype {topk_index.dtype} must be an integer")
     tokens, slots = topk_index.shape
-    compiling = torch.compiler.is_compiling()
-    eager_cpu = topk_index.device.type == "cpu" and not compiling
-    if eager_cpu and topk_index.numel():
-        low, high = topk_index.aminmax()
-        if int(low) < 0 or int(high) > num_experts:
-            raise ValueError(f"topk_index: {int(low)} .. {int(high)} must be in 0 .. {num_experts}")
-    order, *columns = (sort_rows if eager_cpu else route_rows)(topk_index, num_experts)
-    expert_offsets, token_rows, token_offsets = columns
-    if eager_cpu:
-        rows = int(expert_offsets[-1])
-        order, token_rows = order[:rows], token_rows[:rows]
-        weight = topk_weight.flatten()[order]
-        token_index = order // slots if slots else order
-    else:
-        real = torch.arange(tokens * slots, device=order.device) < expert_offsets[-1]
-        # Not a product: a padding weight may be NaN.
-        weight = torch.where(real, topk_weight.flatten()[order], 0.0)
-        token_index = torch.where(real, order // max(slots, 1), 0)
+    if topk_index.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _cut_to_rows(topk_index, topk_weight, num_experts)
+    columns = route_rows(topk_index, num_experts)
+    order, expert_offsets, token_rows, token_offsets = columns
+    real = torch.arange(tokens * slots, device=order.device) < expert_offsets[-1]
+    # Not a product: a padding weight may be NaN.
+    weight = torch.where(real, topk_weight.flatten()[order], 0.0)
+    token_index = torch.where(real, order // max(slots, 1), 0)
     return RowRouting(
         token_index, weight, expert_offsets, token_rows, token_offsets, tokens, is_checked=True
+    )
+
+
+def _cut_to_rows(topk_index: Tensor, topk_weight: Tensor, num_experts: int) -> RowRouting:
+    """On a CPU: exactly R rows, by the compiled counting sort where there is one."""
+    from dvpa_kernels.cpu.library import sort_rows_cpu
+
+    tokens, slots = topk_index.shape
+    found = sort_rows_cpu(topk_index, num_experts)
+    if found is None:
+        if topk_index.numel():
+            low, high = (int(bound) for bound in topk_index.aminmax())
+            if low < 0 or high > num_experts:
+                raise ValueError(f"topk_index: {low} .. {high} must be in 0 .. {num_experts}")
+        order, expert_offsets, token_rows, token_offsets = sort_rows(topk_index, num_experts)
+        rows = int(expert_offsets[-1])
+        order, token_rows = order[:rows], token_rows[:rows]
+        token_index = order // max(slots, 1)
+    else:
+        order, token_index, expert_offsets, token_rows, token_offsets = found
+    return RowRouting(
+        token_index=token_index,
+        weight=topk_weight.flatten()[order],
+        expert_offsets=expert_offsets,
+        token_rows=token_rows,
+        token_offsets=token_offsets,
+        num_tokens=tokens,
+        is_checked=True,
     )
 
 

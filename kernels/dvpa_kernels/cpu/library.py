@@ -74,6 +74,8 @@ def _load() -> tuple[CpuKernel, ctypes.CDLL | None]:
     library.dvpa_cpu_supports.argtypes = [ctypes.c_int]
     choices, sizes, pointers = [ctypes.c_int] * 3, [ctypes.c_int64] * 4, [ctypes.c_void_p] * 9
     library.dvpa_cpu_moe_mlp.argtypes = [*choices, *sizes, *pointers]
+    library.dvpa_cpu_sort_rows.argtypes = [*[ctypes.c_int64] * 3, *[ctypes.c_void_p] * 6]
+    library.dvpa_cpu_sort_rows.restype = ctypes.c_int64
     isas = tuple(name for i, name in enumerate(ISAS) if library.dvpa_cpu_supports(i))
     kernel = CpuKernel(isas[-1], path, isas=isas, shares_openmp=openmp is not None)
     logger.info("CPU expert kernel: %s, %s", kernel.isa, path)
@@ -94,6 +96,42 @@ def _open(links_openmp: bool) -> tuple[ctypes.CDLL, Path]:
             if path.parent != cache_folder():  # a temporary one: loaded code needs no file
                 shutil.rmtree(path.parent, ignore_errors=True)
     raise AssertionError("the second round returns or raises")
+
+
+def sort_rows_cpu(
+    topk_index: Tensor, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    """The columns of a `RowRouting` from a table [T, K] in one pass, or None without the library.
+
+    Returns:
+        (order int64 [R], the slot of each row; token_index; expert_offsets; token_rows;
+        token_offsets).
+
+    Raises:
+        ValueError: an index is outside 0 .. num_experts.
+    """
+    _, library = load()
+    if library is None:
+        return None
+    index = topk_index.long().contiguous()
+    tokens, slots = index.shape
+    by_row = torch.empty(2, tokens * slots, dtype=torch.int64)
+    sizes = (num_experts + 1, tokens * slots, tokens + 1)
+    expert_offsets, token_rows, token_offsets = torch.empty(sum(sizes), dtype=torch.int32).split(
+        sizes
+    )
+    columns = (*by_row, expert_offsets, token_rows, token_offsets)
+    rows = library.dvpa_cpu_sort_rows(
+        tokens, slots, num_experts, index.data_ptr(), *(column.data_ptr() for column in columns)
+    )
+    if rows == -1:
+        raise ValueError(
+            f"topk_index: {int(index.min())} .. {int(index.max())} must be in 0 .. {num_experts}"
+        )
+    if rows < 0:
+        raise MemoryError(f"no room to count the rows of {num_experts} experts")
+    order, token_index = by_row[:, :rows]
+    return order, token_index, expert_offsets, token_rows[:rows], token_offsets
 
 
 def run_kernel(

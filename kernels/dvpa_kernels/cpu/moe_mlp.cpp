@@ -104,6 +104,46 @@ EXPORT int dvpa_cpu_supports(int isa) {
   return 0;
 }
 
+// Rows of a routing table [tokens, slots] in one counting sort, stable in slot order; an index of
+// `experts` is an empty slot. Fills order and token_index by row, expert_offsets [experts + 1],
+// token_rows by token and token_offsets [tokens + 1]. Returns the number of rows, -1 for an index
+// out of range, or -2 where memory ran out.
+EXPORT int64_t dvpa_cpu_sort_rows(int64_t tokens, int64_t slots, int64_t experts,
+                                  const int64_t* index, int64_t* order, int64_t* token_index,
+                                  int32_t* expert_offsets, int32_t* token_rows,
+                                  int32_t* token_offsets) {
+  int32_t* next = static_cast<int32_t*>(std::calloc(size_t(experts) + 1, sizeof(int32_t)));
+  if (!next) return -2;
+  for (int64_t s = 0; s < tokens * slots; ++s) {
+    if (index[s] < 0 || index[s] > experts) {
+      std::free(next);
+      return -1;
+    }
+    ++next[index[s]];
+  }
+  int32_t rows = 0;
+  for (int64_t e = 0; e < experts; ++e) {
+    expert_offsets[e] = rows;
+    rows += next[e];
+    next[e] = expert_offsets[e];
+  }
+  expert_offsets[experts] = rows;
+  int32_t placed = 0;
+  token_offsets[0] = 0;
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t s = t * slots; s < (t + 1) * slots; ++s) {
+      if (index[s] == experts) continue;
+      const int32_t row = next[index[s]]++;
+      order[row] = s;
+      token_index[row] = t;
+      token_rows[placed++] = row;
+    }
+    token_offsets[t + 1] = placed;
+  }
+  std::free(next);
+  return rows;
+}
+
 // y = the experts' weighted sum; see Problem for the operands, which the caller has checked.
 // Returns 0, or 1 where memory ran out.
 EXPORT int dvpa_cpu_moe_mlp(int isa, int format, int threads, int64_t tokens, int64_t hidden,
