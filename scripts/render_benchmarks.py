@@ -67,7 +67,8 @@ def render_demo(report: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             f"## The demo: nano, seeds {seeds}",
-            f"`dvpa demo --seeds {len(report['seeds'])} --seed {report['seeds'][0]} --baselines`; means over seeds, held-out requests. Adaptive "
+            f"`dvpa demo --seeds {len(report['seeds'])} --seed {report['seeds'][0]} --baselines`; "
+            "means over seeds, held-out requests. Adaptive "
             f"keeps **{report['quality_kept']:.1%}** of the top tier's quality at "
             f"**{adaptive['relative_cost']:.0%}** of its mean activated parameters (head and "
             f"twice-read token included); APGR {report['apgr']:.2f} "
@@ -75,7 +76,8 @@ def render_demo(report: dict[str, Any]) -> str:
             f"{report['length_apgr']:.2f}).",
             "All routers, the coin included, let the base tier read the prompt; the `always_*` "
             "rows read it with the answering tier. Activated parameters are means over tokens. "
-            "Milliseconds: one request at a time, greedy, one thread. Always one tier over a base-read prompt: "
+            "Milliseconds: one request at a time, greedy, one thread. Always one tier over a "
+            "base-read prompt: "
             + ", ".join(
                 f"{row['name']} {row['quality']:.3f} at {row['mean_activated_params'] / 1e3:,.0f}k"
                 for row in report["read_by_base"]

@@ -31,7 +31,7 @@ NAMES = ("x", "w_gate_up", "w_down", "weight")
 if INTERPRETED and HAS_TRITON:
     import triton
 
-    from dvpa_kernels import autotune, fp8, fp8_gemm, tiles, triton_moe
+    from dvpa_kernels import cli_tune, fp8, fp8_gemm, tiles, triton_moe
     from dvpa_kernels.gather_sum import gather_sum
     from dvpa_kernels.tuning import Launch, Plan, default_plan
 
@@ -477,14 +477,14 @@ def check_fp8_refuses_what_does_not_fit() -> None:
 def check_the_tuner_finds_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that prefers wide blocks without TMA, it picks those and reports failures."""
     launches = [Launch(16, 16, 4, 3), Launch(32, 16, 4, 3), Launch(64, 512, 4, 9)]
-    monkeypatch.setattr(autotune, "candidates", lambda height, pair: iter(launches))
+    monkeypatch.setattr(cli_tune, "candidates", lambda height, pair: iter(launches))
     monkeypatch.setattr(
-        autotune, "weight_candidates", lambda: iter([Launch(16, 16, 4, 3, block_m=16)])
+        cli_tune, "weight_candidates", lambda: iter([Launch(16, 16, 4, 3, block_m=16)])
     )
     clock = iter(range(100, 0, -1))
     monkeypatch.setattr(triton.testing, "do_bench", lambda call, **_: float(next(clock)))
-    work = autotune.make_workload((32, 32, 2, 1), 1, FP32, "cpu")
-    plan = autotune.tune(work, 1, lambda line: None)
+    work = cli_tune.make_workload((32, 32, 2, 1), 1, FP32, "cpu")
+    plan = cli_tune.tune(work, 1, lambda line: None)
     assert plan.rows == plan.grad_rows == 16
     assert plan.up == plan.down == plan.grad_act == replace(launches[1], tma=False)
 
@@ -494,7 +494,7 @@ def check_the_tuner_finds_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
         return 1.0
 
     said: list[str] = []
-    assert autotune.fastest(broken, iter(launches[:1]), said.append)[1].tma is False
+    assert cli_tune.fastest(broken, iter(launches[:1]), said.append)[1].tma is False
     assert "does not fit" in said[0]
     with pytest.raises(RuntimeError, match="no candidate runs"):
-        autotune.fastest(broken, iter([]), said.append)
+        cli_tune.fastest(broken, iter([]), said.append)

@@ -219,6 +219,6 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from dvpa_kernels.autotune import main
+    from dvpa_kernels.cli_tune import main
 
     main()

@@ -134,9 +134,7 @@ def head_overhead(trained: TrainedRun) -> list[float]:
     return [head if tier == 0 else head + again for tier in range(trained.model.config.num_tiers)]
 
 
-def measure_ms(
-    trained: TrainedRun, requests: int = 10, rounds: int = 3
-) -> dict[str, list[float]]:
+def measure_ms(trained: TrainedRun, requests: int = 10, rounds: int = 3) -> dict[str, list[float]]:
     """Measured wall milliseconds per request by answering tier [T], one request at a time, greedy.
 
     `whole`: the tier reads the prompt itself. `routed`: the base tier reads the prompt up to its
