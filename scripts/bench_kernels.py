@@ -44,6 +44,7 @@ from kernel_timing import (
 Row = dict[str, Any]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DECODE = {"cpu": 1, "cuda": 64}  # up to this many tokens the caches are flushed before each call
+COLD_READ = "cold_read"  # not a contender: a sum over as many bytes as the weights touched
 FORWARD, BOTH, MODEL = "forward", "forward+backward", "model forward"
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {
@@ -118,11 +119,17 @@ class Bench:
         if with_backward:
             inputs = inputs.trainable()
         calls, extra, failed = self.prepare(chosen, inputs, expected, with_backward)
+        names = list(chosen)
+        if is_decode and self.device == "cpu" and not self.only:
+            # What is left of the bandwidth when this few bytes are read once and cold.
+            floats = torch.ones(row["work"].weight_bytes // 4)
+            calls[COLD_READ] = floats.sum
+            names.append(COLD_READ)
         samples = interleave(calls, self.clock, self.seconds, flush=is_decode)
-        for name in chosen:
+        for name in names:
             found = samples.get(name) or Samples(error=failed[name])
             self.rows.append(row | {"implementation": name} | extra.get(name, {}) | found.row())
-        self.print_case(len(chosen))
+        self.print_case(len(names))
         self.clock.release()
 
     def prepare(
@@ -179,7 +186,8 @@ class Bench:
                     # As in the reference measurements: the limit against a quiet quarter's time.
                     fraction = limit / row["p25_ms"]
                     gb_s = work.weight_bytes / row["median_ms"] / 1e6
-                    tflop_s = work.flops / row["median_ms"] / 1e9
+                    is_matmul = row["implementation"] != COLD_READ
+                    tflop_s = work.flops / row["median_ms"] / 1e9 if is_matmul else None
             derived = {
                 "limit_ms": limit,
                 "ratio_to_grouped_mm": ratio,

@@ -14,6 +14,7 @@ import torch
 
 WARM_UP = 1  # the result was compared before, so this is at least the second call
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
+SLOW_ROUNDS = 2
 FLUSH_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}
 
 
@@ -33,6 +34,7 @@ class Samples:
             "median_ms": statistics.median(self.wall_ms),
             "p25_ms": quartile(self.wall_ms),
             "cpu_ms": statistics.median(self.cpu_ms),
+            "rounds": len(self.wall_ms),
         }
 
 
@@ -136,10 +138,12 @@ def interleave(
 ) -> dict[str, Samples]:
     """Every contender in every round, the first one changing, until the time is used up.
 
-    At least MIN_ROUNDS, also beyond the budget. A contender that fails leaves with its reason.
+    At least MIN_ROUNDS, also beyond the budget; SLOW_ROUNDS of a contender that would use up the
+    budget alone. One that fails leaves with its reason.
     """
     samples = {name: Samples() for name in calls}
     running = list(calls)
+    slow: set[str] = set()
 
     def attempt(name: str, is_kept: bool) -> None:
         try:
@@ -151,9 +155,13 @@ def interleave(
             running.remove(name)
             clock.release()
             return
+        if wall * MIN_ROUNDS > 1e3 * seconds:
+            slow.add(name)
         if is_kept:
             samples[name].wall_ms.append(wall)
             samples[name].cpu_ms.append(cpu)
+            if name in slow and len(samples[name].wall_ms) >= SLOW_ROUNDS:
+                running.remove(name)
 
     for name in list(running):
         for _ in range(WARM_UP):
@@ -163,7 +171,9 @@ def interleave(
     for number in range(MAX_ROUNDS):
         if number >= MIN_ROUNDS and time.perf_counter() - start > seconds:
             break
-        turn = number % max(len(running), 1)
+        if not running:
+            break
+        turn = number % len(running)
         for name in running[turn:] + running[:turn]:
             attempt(name, is_kept=True)
     return samples
