@@ -14,7 +14,8 @@ ARGS ?=
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input --root-user-action=ignore
 STAMP := $(BIN)/.dvpa
 # Tests of files that never meet Transformers need no second run on an older one.
-NO_MODEL := layering packaging calibrate policy report routing tier_map
+NO_MODEL := layering packaging calibrate policy report routing tier_map \
+    cpu_kernel gpu_kernel triton_aot triton_kernel
 FLOOR_TESTS = $(filter-out $(NO_MODEL:%=tests/test_%.py),$(wildcard tests/test_*.py))
 INPUTS := pyproject.toml requirements/cpu.txt
 
