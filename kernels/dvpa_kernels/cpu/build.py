@@ -82,7 +82,8 @@ def build(links_openmp: bool, rebuild: bool = False) -> Path:
     except OSError as error:
         library = Path(tempfile.mkdtemp(prefix="dvpa-")) / name
         logger.info("cache folder %s cannot be written (%s)", folder, error.strerror)
-    logger.info(
+    # Not a fault, but a program that stands still for seconds says why, logs set up or not.
+    logger.warning(
         "building the CPU expert kernel with %s (a few seconds, once)", Path(compiler[0]).name
     )
     # Built beside its place and renamed: another process sees the whole file or none.
