@@ -5,16 +5,20 @@ tensors are on), never read from the environment inside a forward pass, and said
 """
 
 import logging
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from dvpa_kernels import BACKENDS, make_routing, moe_mlp
+from dvpa_kernels import BACKENDS, IS_PACKAGE, make_routing, moe_mlp
 
 logger = logging.getLogger(__name__)
 
 # Anywhere else (MPS, XPU, meta) PyTorch's own grouped GEMM.
 BACKEND_BY_DEVICE = {"cuda": "triton", "cpu": "cpu"}
+
+# It comes with PyTorch for CUDA on Linux, not on Windows.
+HAS_TRITON = find_spec("triton") is not None
 
 _announced: set[tuple[str, str]] = set()
 
@@ -26,7 +30,9 @@ def resolve_backend(name: str = "auto", device_type: str = "cpu") -> str:
         ValueError: unknown name.
     """
     if name == "auto":
-        return BACKEND_BY_DEVICE.get(device_type, "torch")
+        if IS_PACKAGE:
+            return _of_device(device_type)
+        return "torch"
     if name not in BACKENDS:
         raise ValueError(f"backend: {name!r} must be 'auto' or one of {', '.join(BACKENDS)}")
     return name
@@ -48,7 +54,14 @@ def expert_mlp(
     return moe_mlp(x, w_gate_up, w_down, routing, backend=chosen)
 
 
+def _of_device(device_type: str) -> str:
+    if device_type == "cuda" and not HAS_TRITON:
+        return "torch"
+    return BACKEND_BY_DEVICE.get(device_type, "torch")
+
+
 def _announce(backend: str, device_type: str) -> None:
     if (backend, device_type) not in _announced:
         _announced.add((backend, device_type))
-        logger.info("expert backend on %s: %s", device_type, backend)
+        level = logging.WARNING if (backend, device_type) == ("torch", "cuda") else logging.INFO
+        logger.log(level, "expert backend on %s: %s", device_type, backend)

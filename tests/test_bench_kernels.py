@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -197,10 +198,14 @@ def test_a_failing_contender_is_a_row_with_its_reason(
     assert reasons["late"] == "RuntimeError: gone"
 
 
-def test_interleaving_visits_everyone_and_stops_in_time() -> None:
+def test_interleaving_visits_everyone_and_stops_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     order: list[str] = []
     calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    samples = kernel_timing.interleave(calls, kernel_timing.Clock("cpu"), 0.0, flush=False)
+    # Time enough that nobody is slow, rounds few enough that it does not matter.
+    monkeypatch.setattr(kernel_timing, "MAX_ROUNDS", kernel_timing.MIN_ROUNDS)
+    samples = kernel_timing.interleave(calls, kernel_timing.Clock("cpu"), 60.0, flush=False)
     rounds = order[3 * kernel_timing.WARM_UP :]
     assert [set(rounds[i : i + 3]) for i in range(0, len(rounds), 3)] == (
         [{"a", "b", "c"}] * kernel_timing.MIN_ROUNDS
@@ -211,7 +216,14 @@ def test_interleaving_visits_everyone_and_stops_in_time() -> None:
 
 def test_summary_is_the_median_and_the_lower_quartile() -> None:
     row = kernel_timing.Samples([4.0, 1.0, 3.0, 2.0, 50.0], [1.0, 2.0, 9.0, 1.0, 1.0]).row()
-    assert row == {"median_ms": 3.0, "p25_ms": 2.0, "cpu_ms": 1.0}
+    assert row == {"median_ms": 3.0, "p25_ms": 2.0, "cpu_ms": 1.0, "rounds": 5}
+
+
+def test_a_contender_that_would_use_up_the_budget_leaves_early() -> None:
+    calls = {"slow": lambda: time.sleep(0.02), "quick": lambda: None}
+    samples = kernel_timing.interleave(calls, kernel_timing.Clock("cpu"), 0.05, flush=False)
+    assert samples["slow"].row()["rounds"] == kernel_timing.SLOW_ROUNDS
+    assert samples["quick"].row()["rounds"] >= kernel_timing.MIN_ROUNDS
 
 
 def test_line_fit() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import left_padded, tiny_config, tiny_model
+from helpers import left_padded, moe_layers, tiny_config, tiny_model
 
 from dvpa.model import bundler
 from dvpa.model.standalone import AUTO_MAP, CONFIGURATION_FILE, MODELING_FILE
@@ -72,6 +72,8 @@ def test_a_process_without_dvpa(tmp_path: Path) -> None:
     costs = model.tier_map.costs
     model.tier_map = TierMap("threshold", ("base", "middle", "top"), costs, 2, (0.4, 0.5))
     model.save_pretrained(tmp_path / "checkpoint")
+    for layer in moe_layers(model):
+        layer.experts.backend = "torch"  # what the files without our kernels use
     batch = left_padded([7, 3])
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     tiers = torch.tensor([0, 2])
@@ -134,6 +136,28 @@ def test_the_bundle_is_deterministic_and_self_contained() -> None:
                 assert node.module is not None
                 assert node.module.split(".")[0] not in bundler.ROOTS
                 assert node.level == 0 or node.module == CONFIGURATION_FILE[:-3]
+
+
+def test_what_only_the_package_has_is_left_out(package: dict[str, str]) -> None:
+    package["dvpa.kernels_of_ours"] = (
+        "IS_PACKAGE = True\n"
+        "def best(x):\n"
+        "    if IS_PACKAGE:\n"
+        "        from dvpa_kernels.cpu import quick\n"
+        "        return quick(x)\n"
+        "    return x + 1\n"
+    )
+    package["dvpa.model.causal_lm"] = "from dvpa.kernels_of_ours import IS_PACKAGE, best\n"
+    files = bundler.bundle()
+    assert "dvpa_kernels.cpu" not in files[MODELING_FILE]
+    assert "IS_PACKAGE" not in files[MODELING_FILE]
+    assert run(files)["best"](1) == 2  # type: ignore[operator]
+
+
+def test_the_package_flag_is_only_asked_for_alone(package: dict[str, str]) -> None:
+    package["dvpa.model.causal_lm"] = "IS_PACKAGE = True\nbest = 1 if IS_PACKAGE else 2\n"
+    with pytest.raises(ValueError, match=r"dvpa.model.causal_lm:2: ask `if IS_PACKAGE:`"):
+        bundler.bundle()
 
 
 @pytest.fixture

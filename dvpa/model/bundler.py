@@ -3,7 +3,8 @@
 The files are made from the source of the installed package, so that there is no second copy to
 keep: follow the imports down from `dvpa.model.causal_lm`, put every module after the ones it needs,
 drop the imports between our modules, hoist all others. Definitions are not touched, except that a
-private name which two modules define is renamed in one of them. What flattening would break is
+private name which two modules define is renamed in one of them, and that of `if IS_PACKAGE:` only
+the other branch stays: compiled kernels remain with the package. What flattening would break is
 refused: two modules that define one public name, or an import of ours under another name.
 """
 
@@ -16,6 +17,7 @@ from importlib.util import find_spec
 from dvpa.model.standalone import CONFIGURATION_FILE, MODELING_FILE
 
 ROOTS = ("dvpa", "dvpa_kernels")
+PACKAGE_FLAG = "IS_PACKAGE"
 HEADER = "# Written by dvpa from its own source, for use without it. License: Apache-2.0."
 
 
@@ -104,13 +106,21 @@ def _flatten(module: str, flat: _Flat) -> None:
     source = _source(module)
     tree = ast.parse(source)
     notes = (ast.get_docstring(tree) or "").splitlines()
+    if any(_asks_for_package(node) for node in ast.walk(tree)):
+        source = ast.unparse(_Alone().visit(tree))
+        tree = ast.parse(source)
+    names = (node for node in ast.walk(tree) if isinstance(node, ast.Name))
+    for name in names:
+        if name.id == PACKAGE_FLAG and isinstance(name.ctx, ast.Load):
+            raise ValueError(f"{module}:{name.lineno}: ask `if {PACKAGE_FLAG}:` and no more")
     clashes = _clashes(module, tree, flat)
     if clashes:  # rare, so losing the comments of that module is no loss
         source = ast.unparse(_Renamed(module, clashes).visit(tree))
         tree = ast.parse(source)
     lines = source.splitlines()
     for node in tree.body:
-        dropped = _is_docstring(node) or _is_own_typing(node) or _bound(node) == ["__all__"]
+        dropped = _is_docstring(node) or _is_own_typing(node)
+        dropped = dropped or _bound(node) in (["__all__"], [PACKAGE_FLAG])
         if isinstance(node, ast.Import | ast.ImportFrom):
             dropped = True
             for single in _split(node):
@@ -125,6 +135,22 @@ def _flatten(module: str, flat: _Flat) -> None:
     if body:
         title = [f"# {module}", "#", *(f"# {note}".rstrip() for note in notes)]
         flat.bodies.append("\n" + "\n".join(title) + "\n\n" + body)
+
+
+def _asks_for_package(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.If)
+        and isinstance(node.test, ast.Name)
+        and node.test.id == PACKAGE_FLAG
+    )
+
+
+class _Alone(ast.NodeTransformer):
+    """Takes the other branch of `if IS_PACKAGE:`."""
+
+    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
+        self.generic_visit(node)
+        return list(node.orelse) if _asks_for_package(node) else node
 
 
 class _Renamed(ast.NodeTransformer):

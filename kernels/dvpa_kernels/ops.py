@@ -9,20 +9,24 @@ import torch
 from torch import Tensor
 
 from dvpa_kernels.reference import moe_mlp_reference
-from dvpa_kernels.routing import RowRouting
+from dvpa_kernels.routing import IS_PACKAGE, RowRouting
 from dvpa_kernels.torch_grouped import moe_mlp_torch
 
 
 def _cpu(x: Tensor, w_gate_up: Tensor, w_down: Tensor, routing: RowRouting) -> Tensor:
-    from dvpa_kernels.cpu import moe_mlp_cpu
+    if IS_PACKAGE:
+        from dvpa_kernels.cpu import moe_mlp_cpu
 
-    return moe_mlp_cpu(x, w_gate_up, w_down, routing)
+        return moe_mlp_cpu(x, w_gate_up, w_down, routing)
+    raise RuntimeError("backend 'cpu': comes with the package dvpa; use 'torch'")
 
 
 def _triton(x: Tensor, w_gate_up: Tensor, w_down: Tensor, routing: RowRouting) -> Tensor:
-    from dvpa_kernels.triton_moe import moe_mlp_triton
+    if IS_PACKAGE:
+        from dvpa_kernels.triton_moe import moe_mlp_triton
 
-    return moe_mlp_triton(x, w_gate_up, w_down, routing)
+        return moe_mlp_triton(x, w_gate_up, w_down, routing)
+    raise RuntimeError("backend 'triton': comes with the package dvpa; use 'torch'")
 
 
 # triton and cpu are imported at their first call: they compile.

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# `dvpa.model.bundler` drops what depends on it: a flattened copy of these files has no kernels.
+IS_PACKAGE = True
+
 
 @dataclass(frozen=True)
 class RowRouting:
@@ -70,10 +73,12 @@ def make_routing(topk_index: Tensor, topk_weight: Tensor, num_experts: int) -> R
 
 def _cut_to_rows(topk_index: Tensor, topk_weight: Tensor, num_experts: int) -> RowRouting:
     """On a CPU: exactly R rows, by the compiled counting sort where there is one."""
-    from dvpa_kernels.cpu.library import sort_rows_cpu
-
     tokens, slots = topk_index.shape
-    found = sort_rows_cpu(topk_index, num_experts)
+    found = None
+    if IS_PACKAGE:
+        from dvpa_kernels.cpu.library import sort_rows_cpu
+
+        found = sort_rows_cpu(topk_index, num_experts)
     if found is None:
         if topk_index.numel():
             low, high = (int(bound) for bound in topk_index.aminmax())
