@@ -11,7 +11,7 @@ from dvpa.evaluate.figure import DARK, LIGHT, Theme, format_params
 _EXPLAINED = {
     "always": "one tier for every request, at that tier's cost",
     "random": "a coin between the two neighbouring tiers, at adaptive's cost",
-    "length": "longer prompts to higher tiers, at adaptive's cost",
+    "length": "lengths at which the base tier fails more go to higher tiers, at its cost",
     "tfidf": "base-tier failure predicted from character n-grams, at adaptive's cost",
     "cascade": "asks the base tier first and again higher up if it was unsure; both calls are paid",
     "adaptive": "the difficulty head and the tier map, as shipped with the checkpoint",
