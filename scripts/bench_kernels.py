@@ -54,7 +54,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "backward_tokens": [64, 512],
         "linear": ("cpu-1024", [64, 256], [1, 2, 4, 8, 16, 32, 48]),
         "model_tokens": [1, 64],
-        "seconds": 6.0,
+        "seconds": 4.0,
     },
     "cuda": {
         "shapes": ["deepseekmoe-16b", "dvpa-7b-32b", "qwen3-30b-a3b"],
@@ -356,7 +356,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--threads", nargs="+", type=int, help="CPU threads (default: 2 1; --quick: 1)"
     )
-    parser.add_argument("--seconds-per-case", type=float, help="default: 6 on CPU, 1.5 on a GPU")
+    parser.add_argument("--seconds-per-case", type=float, help="default: 4 on CPU, 1.5 on a GPU")
     parser.add_argument("--only", nargs="+", help="implementations, as the rows name them")
     parser.add_argument("--skip", nargs="+", choices=["linear", "model"], default=[])
     parser.add_argument("--quick", action="store_true", help="seconds, to see that it works")
