@@ -51,15 +51,12 @@ class ModelPrice:
     """The price of a model; `total_params` includes the difficulty head's `head_params`.
 
     `probe_flops_per_token`: what scoring costs per prompt token (the layers before the head, at the
-    base tier); `redo_flops_per_token`: its part beyond the dense trunk, which a request that goes
-    above the base tier pays again; `head_flops_per_request`: the head and its logit lens, once. All
-    0 without a head.
+    base tier); `head_flops_per_request`: the head and its logit lens, once. Both 0 without a head.
     """
 
     total_params: int
     head_params: int
     probe_flops_per_token: int
-    redo_flops_per_token: int
     head_flops_per_request: int
     tiers: tuple[TierPrice, ...]
 
@@ -106,9 +103,9 @@ def price(config: "Architecture", context: int = 0) -> ModelPrice:
         for tier in range(num_tiers)
     )
     head = _head_params(config)
-    probe, redo = _probe_flops(config, context)
+    probe = _probe_flops(config, context)
     once = 2 * (head + config.vocab_size * config.hidden_size) if head else 0
-    return ModelPrice(tiers[-1].tier_params + head, head, probe, redo, once, tiers)
+    return ModelPrice(tiers[-1].tier_params + head, head, probe, once, tiers)
 
 
 def _tier_price(
@@ -147,20 +144,14 @@ def _attention_flops(config: "Architecture", context: int, num_layers: int) -> i
     return 2 * context * config.num_attention_heads * per_head * num_layers
 
 
-def _probe_flops(config: "Architecture", context: int) -> tuple[int, int]:
-    """FLOPs per prompt token before the difficulty head (its pooling included), and without the
-    dense trunk."""
+def _probe_flops(config: "Architecture", context: int) -> int:
+    """FLOPs per prompt token before the difficulty head, its pooling included."""
     if config.difficulty is None:
-        return 0, 0
-    num_layers, dense = config.difficulty.probe_layer, config.first_k_dense_replace
-    probe, trunk = (
-        sum(weight.size * weight.active for weight in _layers(config, 0, layers))
-        for layers in (num_layers, dense)
-    )
+        return 0
+    num_layers = config.difficulty.probe_layer
+    layers = sum(weight.size * weight.active for weight in _layers(config, 0, num_layers))
     pooling = 2 * config.hidden_size  # norm and attention query
-    attention = _attention_flops(config, context, num_layers)
-    redone = 2 * (probe - trunk) + _attention_flops(config, context, num_layers - dense)
-    return 2 * (probe + pooling) + attention, redone
+    return 2 * (layers + pooling) + _attention_flops(config, context, num_layers)
 
 
 def _num_moe_layers(config: "Architecture") -> int:
