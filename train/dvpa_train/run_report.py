@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from dvpa.evaluate.report import describe_environment, finite
-from dvpa.evaluate.routing import adaptive_tiers, difficulty_metrics
+from dvpa.evaluate.routing import adaptive_tiers, difficulty_metrics, spent
 from dvpa.evaluate.table import OutcomeTable
 from dvpa.pricing import price
 from dvpa_train.config import load_recipe
-from dvpa_train.main import WHOLE, TrainedRun, run_recipe
+from dvpa_train.main import WHOLE, TrainedRun, routed_costs, run_recipe
 
 
 def train_and_report(
@@ -56,7 +56,7 @@ def report_run(trained: TrainedRun, console: Console) -> dict[str, Any]:
         "adaptive": {
             "quality": float(test.quality[rows, chosen].mean()),
             "nll": float(test.nll[rows, chosen].mean()),
-            "mean_activated_params": float(np.asarray(trained.model.tier_map.costs)[chosen].mean()),
+            "mean_activated_params": spent(routed_costs(costs, test), chosen),
             "tier_share": (np.bincount(chosen, minlength=len(costs)) / len(test)).tolist(),
         },
         "difficulty": difficulty_metrics(test),
