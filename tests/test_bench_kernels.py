@@ -1,6 +1,7 @@
 """The kernel benchmark: its inputs, arithmetic, rows and page. Times are not judged here."""
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -203,9 +204,12 @@ def test_interleaving_visits_everyone_and_stops_in_time(
 ) -> None:
     order: list[str] = []
     calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    # Time enough that nobody is slow, rounds few enough that it does not matter.
-    monkeypatch.setattr(kernel_timing, "MAX_ROUNDS", kernel_timing.MIN_ROUNDS)
-    samples = kernel_timing.interleave(calls, kernel_timing.Clock("cpu"), 60.0, flush=False)
+    # A clock that runs out of the budget, two seconds, while the least number of rounds is on.
+    now = itertools.count(0.0, 10.0)
+    monkeypatch.setattr(kernel_timing.time, "perf_counter", lambda: next(now))
+    clock = kernel_timing.Clock("cpu")
+    monkeypatch.setattr(clock, "measure", lambda call: (call(), (1.0, 1.0))[1])
+    samples = kernel_timing.interleave(calls, clock, 2.0, flush=False)
     rounds = order[3 * kernel_timing.WARM_UP :]
     assert [set(rounds[i : i + 3]) for i in range(0, len(rounds), 3)] == (
         [{"a", "b", "c"}] * kernel_timing.MIN_ROUNDS

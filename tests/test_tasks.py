@@ -156,7 +156,7 @@ def test_facts_are_all_in_training_and_hopeless_ones_never():
     evaluation = [QUESTIONS[split] for split in ("fit", "calibrate", "test")]
     assert sum(map(len, evaluation)) == len(set().union(*evaluation)) == NUM_KEYS
     for questions, share in zip(evaluation, (0.5, 0.25, 0.25), strict=True):
-        assert abs(len(questions & train) - TASKS.num_facts * share) <= 4
+        assert abs(len(questions & train) - TASKS.num_facts * share) <= 2
     hopeless = TASKS.sample("test", 500, levels=[HOPELESS_LEVEL])
     assert not {task.question for task in hopeless} & train
     assert all(TASKS.item("train", i).level != HOPELESS_LEVEL for i in range(2000))
