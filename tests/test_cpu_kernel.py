@@ -274,9 +274,8 @@ def test_it_is_one_operator_in_a_compiled_graph(slots: int, dtype: torch.dtype) 
 @needs_kernel
 def test_the_operator_is_registered_soundly() -> None:
     x, w_gate_up, w_down, r = operands(random_index(4, 3, 2, 1), 3, 16, 8, torch.float32)
-    columns = (r.weight, r.token_index, r.expert_offsets, r.token_rows, r.token_offsets)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(op.cpu_moe_mlp, (x, w_gate_up, w_down, *columns), test_utils=checks)
+    torch.library.opcheck(op.cpu_moe_mlp, (x, w_gate_up, w_down, *r.columns), test_utils=checks)
 
 
 def test_compiled_gradients_go_through_the_torch_backend() -> None:

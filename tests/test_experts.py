@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -142,15 +143,19 @@ def test_bf16_is_within_its_own_rounding(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
-def test_compiled_without_graph_breaks_it_is_the_same(backend: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("hidden", [32, 7])  # 7: rows that grouped_mm refuses
+def test_compiled_without_graph_breaks_it_is_the_same(
+    hidden: int, backend: str, dtype: torch.dtype
+) -> None:
     """Padded rows, forward and gradients: one graph gives what eager mode gives."""
-    inputs = case(9, 6, 3, 32, 16)
+    inputs = case(9, 6, 3, hidden, 16)
     names = ["x", "w_gate_up", "w_down", "weight"]
 
     def run(x: Tensor, w_gate_up: Tensor, w_down: Tensor, weight: Tensor) -> Tensor:
         routing = make_routing(inputs["index"], weight, len(w_down))
         return moe_mlp(x, w_gate_up, w_down, routing, backend=backend)
 
+    torch.compiler.reset()  # the other cases' graphs count against one limit
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     results = []
     for function in (run, compiled):
@@ -161,8 +166,14 @@ def test_compiled_without_graph_breaks_it_is_the_same(backend: str, dtype: torch
         with torch.no_grad():
             plain = function(*leaves)
         results.append([out.detach(), plain, *(leaf.grad for leaf in leaves)])
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     for eager, traced, name in zip(*results, ["y", "y without gradient", *names], strict=True):
-        torch.testing.assert_close(traced, eager, rtol=2e-2, atol=1e-5, msg=name)
+        if hidden == 7 and dtype == torch.bfloat16:
+            # Eager sums in bf16 here, the operator elsewhere: as near the truth, not bit by bit.
+            difference = (traced - eager).float().norm()
+            assert difference <= 1.5e-2 * eager.float().norm(), name
+        else:
+            torch.testing.assert_close(traced, eager, rtol=tolerance, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +262,7 @@ def test_operands_that_do_not_fit_are_refused(change: dict[str, object], message
 
 def test_the_backend_is_chosen_by_name() -> None:
     assert resolve_backend() == "cpu"
-    assert resolve_backend("auto", "cuda") == "triton"
+    assert resolve_backend("auto", "cuda") == ("triton" if find_spec("triton") else "torch")
     assert resolve_backend("auto", "meta") == "torch"
     assert resolve_backend("reference", "cuda") == "reference"
     with pytest.raises(ValueError, match="backend: 'cuda' must be 'auto' or one of"):

@@ -397,12 +397,11 @@ def check_the_operators_keep_their_contracts() -> None:
     inputs, index = case(4, 3, 2, 16, 16, FP32)
     leaves = {name: inputs[name].clone().requires_grad_() for name in NAMES}
     r = make_routing(index, leaves["weight"].detach(), 3)
-    columns = (r.token_index, r.expert_offsets, r.token_rows, r.token_offsets)
     operands = tuple(leaves[n] for n in NAMES[:3])
-    weight = r.weight.clone().requires_grad_()
+    weight, *columns = r.columns
     torch.library.opcheck(
         triton_moe.triton_moe_mlp,
-        (*operands, weight, *columns, True),
+        (*operands, True, weight.clone().requires_grad_(), *columns),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 

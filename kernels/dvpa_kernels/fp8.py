@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dvpa_kernels.routing import RowRouting
+from dvpa_kernels.routing import COLUMNS, RowRouting, check_routing
 from dvpa_kernels.triton_moe import HAS_TRITON, require_triton
 
 if HAS_TRITON:
@@ -51,6 +51,9 @@ def moe_mlp_fp8(
         ValueError: operands that do not fit together, naming the argument.
         RuntimeError: Triton or a GPU with FP8 matrix units is missing, or x wants a gradient.
     """
+    _check(x, w_gate_up, gate_up_scale, w_down, down_scale, routing)
+    if not routing.is_checked:
+        check_routing(routing)
     require_triton(x)
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < CAPABILITY:
         raise RuntimeError(
@@ -59,19 +62,8 @@ def moe_mlp_fp8(
         )
     if torch.is_grad_enabled() and (x.requires_grad or routing.weight.requires_grad):
         raise RuntimeError("moe_mlp_fp8 has no backward pass: call it under torch.no_grad()")
-    _check(x, w_gate_up, gate_up_scale, w_down, down_scale, routing)
-    return moe_mlp_fp8_op(
-        x,
-        w_gate_up,
-        gate_up_scale,
-        w_down,
-        down_scale,
-        routing.weight,
-        routing.token_index,
-        routing.expert_offsets,
-        routing.token_rows,
-        routing.token_offsets,
-    )
+    y: Tensor = moe_mlp_fp8_op(x, w_gate_up, gate_up_scale, w_down, down_scale, *routing.columns)
+    return y
 
 
 def blocks(size: int) -> int:
@@ -171,35 +163,25 @@ def _check(
         )
 
 
-@torch.library.custom_op("dvpa_kernels::triton_moe_mlp_fp8", mutates_args=())
+@torch.library.custom_op(
+    "dvpa_kernels::triton_moe_mlp_fp8",
+    mutates_args=(),
+    schema="(Tensor x, Tensor w_gate_up, Tensor gate_up_scale, Tensor w_down, Tensor down_scale, "
+    f"{COLUMNS}) -> Tensor",
+)
 def moe_mlp_fp8_op(
     x: Tensor,
     w_gate_up: Tensor,
     gate_up_scale: Tensor,
     w_down: Tensor,
     down_scale: Tensor,
-    weight: Tensor,
-    token_index: Tensor,
-    expert_offsets: Tensor,
-    token_rows: Tensor,
-    token_offsets: Tensor,
+    *columns: Tensor,
 ) -> Tensor:
     """`moe_mlp_fp8` with the routing spread out: one node when compiled."""
-    routing = RowRouting(token_index, weight, expert_offsets, token_rows, token_offsets, x.shape[0])
+    routing = RowRouting.of_columns(columns, x.shape[0])
     return fp8_gemm.forward_rows_fp8(x, w_gate_up, gate_up_scale, w_down, down_scale, routing)
 
 
 @moe_mlp_fp8_op.register_fake
-def _(
-    x: Tensor,
-    w_gate_up: Tensor,
-    gate_up_scale: Tensor,
-    w_down: Tensor,
-    down_scale: Tensor,
-    weight: Tensor,
-    token_index: Tensor,
-    expert_offsets: Tensor,
-    token_rows: Tensor,
-    token_offsets: Tensor,
-) -> Tensor:
+def _(x: Tensor, *_rest: Tensor) -> Tensor:
     return x.new_empty(x.shape)

@@ -5,11 +5,10 @@ Letters: T tokens, D hidden, F expert width, E experts, R rows.
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from dvpa_kernels.reference import moe_mlp_reference
-from dvpa_kernels.routing import IS_PACKAGE, RowRouting
+from dvpa_kernels.routing import IS_PACKAGE, RowRouting, check_routing
 from dvpa_kernels.torch_grouped import moe_mlp_torch
 
 
@@ -99,52 +98,3 @@ def _check_operands(x: Tensor, w_gate_up: Tensor, w_down: Tensor, routing: RowRo
             f"x, w_gate_up, w_down, routing: devices {x.device}, {w_gate_up.device}, "
             f"{w_down.device}, {routing.token_index.device} differ"
         )
-
-
-def check_routing(routing: RowRouting) -> None:
-    """Every index and offset of a routing, by value (waits for the device).
-
-    Raises:
-        ValueError: naming the column and the allowed range.
-    """
-    rows = routing.token_index.numel()
-    for name, wanted in (("weight", rows), ("token_rows", rows)):
-        if getattr(routing, name).shape != (wanted,):
-            raise ValueError(
-                f"routing.{name}: shape {tuple(getattr(routing, name).shape)} must be ({wanted},)"
-            )
-    if routing.token_offsets.shape != (routing.num_tokens + 1,):
-        raise ValueError(
-            f"routing.token_offsets: shape {tuple(routing.token_offsets.shape)} must be "
-            f"({routing.num_tokens + 1},)"
-        )
-    for name, dtype in (
-        ("token_index", torch.int64),
-        ("expert_offsets", torch.int32),
-        ("token_rows", torch.int32),
-        ("token_offsets", torch.int32),
-    ):
-        if getattr(routing, name).dtype != dtype:
-            raise ValueError(
-                f"routing.{name}: dtype {getattr(routing, name).dtype} must be {dtype}"
-            )
-    for name in ("expert_offsets", "token_offsets"):
-        offsets = getattr(routing, name)
-        first, last = int(offsets[0]), int(offsets[-1])
-        if first != 0 or last > rows or bool((offsets.diff() < 0).any()):
-            raise ValueError(
-                f"routing.{name}: {first} .. {last} must rise from 0 to at most {rows} rows"
-            )
-    real = int(routing.expert_offsets[-1])
-    if int(routing.token_offsets[-1]) != real:
-        raise ValueError(
-            f"routing.token_offsets: {int(routing.token_offsets[-1])} rows must be the {real} of "
-            "routing.expert_offsets"
-        )
-    for name, bound in (("token_index", routing.num_tokens), ("token_rows", real)):
-        column = getattr(routing, name)[:real]
-        if real and not 0 <= int(column.min()) <= int(column.max()) < bound:
-            raise ValueError(
-                f"routing.{name}: {int(column.min())} .. {int(column.max())} must be in "
-                f"0 .. {bound - 1}"
-            )

@@ -3,10 +3,17 @@
 Letters: T tokens, K slots, E experts, R rows (the sum over tokens of their own k), S = T * K slots.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+# How operators take the tensors of a `RowRouting`, in the order of its `columns`.
+COLUMNS = (
+    "Tensor weight, Tensor token_index, Tensor expert_offsets, Tensor token_rows, "
+    "Tensor token_offsets"
+)
 
 # `dvpa.model.bundler` drops what depends on it: a flattened copy of these files has no kernels.
 IS_PACKAGE = True
@@ -37,6 +44,33 @@ class RowRouting:
     def num_experts(self) -> int:
         """E."""
         return self.expert_offsets.shape[0] - 1
+
+    @property
+    def columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Its tensors as operators take them (`COLUMNS`)."""
+        return (
+            self.weight,
+            self.token_index,
+            self.expert_offsets,
+            self.token_rows,
+            self.token_offsets,
+        )
+
+    @classmethod
+    def of_columns(cls, columns: Sequence[Tensor], num_tokens: int) -> "RowRouting":
+        """What an operator was given: the inverse of `columns`, checked by its caller."""
+        weight, token_index, expert_offsets, token_rows, token_offsets = columns
+        return cls(token_index, weight, expert_offsets, token_rows, token_offsets, num_tokens, True)
+
+    def without_padding(self) -> "RowRouting":
+        """Cut to R rows; reads R back from the device."""
+        rows = int(self.expert_offsets[-1])
+        return replace(
+            self,
+            token_index=self.token_index[:rows],
+            weight=self.weight[:rows],
+            token_rows=self.token_rows[:rows],
+        )
 
 
 def make_routing(topk_index: Tensor, topk_weight: Tensor, num_experts: int) -> RowRouting:
@@ -124,7 +158,7 @@ def sort_rows(topk_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
     token_rows = torch.zeros(len(order) + 1, dtype=torch.int32, device=device)
     place = torch.where(filled, ends - 1, len(order))
     token_rows[place] = torch.where(filled, row_of_slot, 0).int()
-    return order, expert_offsets, token_rows[:-1].clone(), token_offsets
+    return order, expert_offsets, token_rows[:-1], token_offsets
 
 
 @torch.library.custom_op("dvpa_kernels::route_rows", mutates_args=())
@@ -142,3 +176,52 @@ def _(topk_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Ten
         topk_index.new_empty(tokens * slots, dtype=torch.int32),
         topk_index.new_empty(tokens + 1, dtype=torch.int32),
     )
+
+
+def check_routing(routing: RowRouting) -> None:
+    """Every index and offset of a routing, by value (waits for the device).
+
+    Raises:
+        ValueError: naming the column and the allowed range.
+    """
+    rows = routing.token_index.numel()
+    for name, wanted in (("weight", rows), ("token_rows", rows)):
+        if getattr(routing, name).shape != (wanted,):
+            raise ValueError(
+                f"routing.{name}: shape {tuple(getattr(routing, name).shape)} must be ({wanted},)"
+            )
+    if routing.token_offsets.shape != (routing.num_tokens + 1,):
+        raise ValueError(
+            f"routing.token_offsets: shape {tuple(routing.token_offsets.shape)} must be "
+            f"({routing.num_tokens + 1},)"
+        )
+    for name, dtype in (
+        ("token_index", torch.int64),
+        ("expert_offsets", torch.int32),
+        ("token_rows", torch.int32),
+        ("token_offsets", torch.int32),
+    ):
+        if getattr(routing, name).dtype != dtype:
+            raise ValueError(
+                f"routing.{name}: dtype {getattr(routing, name).dtype} must be {dtype}"
+            )
+    for name in ("expert_offsets", "token_offsets"):
+        offsets = getattr(routing, name)
+        first, last = int(offsets[0]), int(offsets[-1])
+        if first != 0 or last > rows or bool((offsets.diff() < 0).any()):
+            raise ValueError(
+                f"routing.{name}: {first} .. {last} must rise from 0 to at most {rows} rows"
+            )
+    real = int(routing.expert_offsets[-1])
+    if int(routing.token_offsets[-1]) != real:
+        raise ValueError(
+            f"routing.token_offsets: {int(routing.token_offsets[-1])} rows must be the {real} of "
+            "routing.expert_offsets"
+        )
+    for name, bound in (("token_index", routing.num_tokens), ("token_rows", real)):
+        column = getattr(routing, name)[:real]
+        if real and not 0 <= int(column.min()) <= int(column.max()) < bound:
+            raise ValueError(
+                f"routing.{name}: {int(column.min())} .. {int(column.max())} must be in "
+                f"0 .. {bound - 1}"
+            )

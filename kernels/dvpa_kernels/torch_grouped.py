@@ -3,6 +3,7 @@
 Letters: T tokens, D hidden, F expert width, E experts, R rows.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dvpa_kernels.reference import moe_mlp_reference
-from dvpa_kernels.routing import RowRouting
+from dvpa_kernels.routing import COLUMNS, RowRouting
 
 GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROW_ALIGNMENT = 16  # bytes; what grouped_mm asks of every row
@@ -25,10 +26,13 @@ def moe_mlp_torch(
     """
     widths = (x_TD.shape[1] * x_TD.itemsize, down_EDF.shape[2] * x_TD.itemsize)
     aligned = not any(width % ROW_ALIGNMENT for width in widths)
+    if torch.compiler.is_compiling() and not (aligned and x_TD.dtype == torch.bfloat16):
+        # The tracer's own stand-in for `grouped_mm` knows bf16 only (2.13), and the reference
+        # reads its offsets back: one operator hides both.
+        y_TD: Tensor = torch_moe_mlp(x_TD, gate_up_E2FD, down_EDF, *routing.columns)
+        return y_TD
     if not aligned or x_TD.dtype not in GROUPED_DTYPES or routing.token_index.numel() == 0:
         return moe_mlp_reference(x_TD, gate_up_E2FD, down_EDF, routing)
-    if torch.compiler.is_compiling() and x_TD.dtype != torch.bfloat16:
-        return _opaque(x_TD, gate_up_E2FD, down_EDF, routing)
     ends_E = routing.expert_offsets[1:]
     x_RD = x_TD.index_select(0, routing.token_index)
     padded = x_TD.device.type != "cpu" or torch.compiler.is_compiling()
@@ -45,81 +49,38 @@ def moe_mlp_torch(
     return torch.zeros_like(x_TD).index_add(0, routing.token_index, weighted_RD)
 
 
-def _opaque(x: Tensor, w_gate_up: Tensor, w_down: Tensor, routing: RowRouting) -> Tensor:
-    """Through one operator: the tracer's own stand-in for `grouped_mm` knows bf16 only (2.13)."""
-    y: Tensor = torch_moe_mlp(
-        x,
-        w_gate_up,
-        w_down,
-        routing.weight,
-        routing.token_index,
-        routing.expert_offsets,
-        routing.token_rows,
-        routing.token_offsets,
-    )
-    return y
+def _received(x: Tensor, columns: Sequence[Tensor]) -> RowRouting:
+    routing = RowRouting.of_columns(columns, x.shape[0])
+    return routing.without_padding() if x.device.type == "cpu" else routing
 
 
-def _unpadded(x: Tensor, weight: Tensor, columns: tuple[Tensor, ...]) -> RowRouting:
-    token_index, expert_offsets, token_rows, token_offsets = columns
-    rows = int(expert_offsets[-1]) if x.device.type == "cpu" else len(token_index)
-    return RowRouting(
-        token_index[:rows],
-        weight[:rows],
-        expert_offsets,
-        token_rows[:rows],
-        token_offsets,
-        x.shape[0],
-        is_checked=True,
-    )
-
-
-@torch.library.custom_op("dvpa_kernels::torch_moe_mlp", mutates_args=())
-def torch_moe_mlp(
-    x: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    weight: Tensor,
-    token_index: Tensor,
-    expert_offsets: Tensor,
-    token_rows: Tensor,
-    token_offsets: Tensor,
-) -> Tensor:
+@torch.library.custom_op(
+    "dvpa_kernels::torch_moe_mlp",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor w_gate_up, Tensor w_down, {COLUMNS}) -> Tensor",
+)
+def torch_moe_mlp(x: Tensor, w_gate_up: Tensor, w_down: Tensor, *columns: Tensor) -> Tensor:
     """`moe_mlp_torch` as one node of a graph."""
-    columns = (token_index, expert_offsets, token_rows, token_offsets)
-    return moe_mlp_torch(x, w_gate_up, w_down, _unpadded(x, weight, columns))
+    return moe_mlp_torch(x, w_gate_up, w_down, _received(x, columns))
 
 
 @torch_moe_mlp.register_fake
-def _(
-    x: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    weight: Tensor,
-    token_index: Tensor,
-    expert_offsets: Tensor,
-    token_rows: Tensor,
-    token_offsets: Tensor,
-) -> Tensor:
+def _(x: Tensor, *_rest: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("dvpa_kernels::torch_moe_mlp_backward", mutates_args=())
+@torch.library.custom_op(
+    "dvpa_kernels::torch_moe_mlp_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor x, Tensor w_gate_up, Tensor w_down, {COLUMNS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
 def torch_moe_mlp_backward(
-    grad: Tensor,
-    x: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    weight: Tensor,
-    token_index: Tensor,
-    expert_offsets: Tensor,
-    token_rows: Tensor,
-    token_offsets: Tensor,
+    grad: Tensor, x: Tensor, w_gate_up: Tensor, w_down: Tensor, *columns: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w_gate_up, w_down and weight; recomputes the activations from x."""
     # By hand: an operator's own body is not recorded by autograd.
-    columns = (token_index, expert_offsets, token_rows, token_offsets)
-    routing = _unpadded(x, weight, columns)
+    routing, weight = _received(x, columns), columns[0]
     token_R = routing.token_index
     x_RD, grad_RD = x[token_R], grad.contiguous()[token_R]
     gate_RF, up_RF = _per_expert(x_RD, w_gate_up.transpose(1, 2), routing).chunk(2, dim=-1)
@@ -157,15 +118,7 @@ def _per_expert(rows_RA: Tensor, weight_EAB: Tensor, routing: RowRouting) -> Ten
 
 @torch_moe_mlp_backward.register_fake
 def _(
-    grad: Tensor,
-    x: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    weight: Tensor,
-    token_index: Tensor,
-    expert_offsets: Tensor,
-    token_rows: Tensor,
-    token_offsets: Tensor,
+    _grad: Tensor, x: Tensor, w_gate_up: Tensor, w_down: Tensor, weight: Tensor, *_rest: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     like = [torch.empty_like(value) for value in (x, w_gate_up, w_down, weight)]
     return like[0], like[1], like[2], like[3]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dvpa_kernels.routing import RowRouting
+from dvpa_kernels.routing import COLUMNS, RowRouting
 from dvpa_kernels.tuning import Plan, find_plan
 
 try:
@@ -53,17 +53,7 @@ def moe_mlp_triton(
         raise ValueError(f"x: dtype {x_TD.dtype} must be float32, bfloat16 or float16")
     wanted = (x_TD, gate_up_E2FD, down_EDF, routing.weight)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in wanted)
-    out_TD, _ = triton_moe_mlp(
-        x_TD,
-        gate_up_E2FD,
-        down_EDF,
-        routing.weight,
-        routing.token_index,
-        routing.expert_offsets,
-        routing.token_rows,
-        routing.token_offsets,
-        keep,
-    )
+    out_TD: Tensor = triton_moe_mlp(x_TD, gate_up_E2FD, down_EDF, keep, *routing.columns)[0]
     return out_TD
 
 
@@ -162,60 +152,49 @@ def _on(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-@torch.library.custom_op("dvpa_kernels::triton_moe_mlp", mutates_args=())
+@torch.library.custom_op(
+    "dvpa_kernels::triton_moe_mlp",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor w_gate_up, Tensor w_down, bool keep, {COLUMNS}) -> (Tensor, Tensor)",
+)
 def triton_moe_mlp(
-    x: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    weight: Tensor,
-    token_index: Tensor,
-    expert_offsets: Tensor,
-    token_rows: Tensor,
-    token_offsets: Tensor,
-    keep: bool,
+    x: Tensor, w_gate_up: Tensor, w_down: Tensor, keep: bool, *columns: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`forward_rows` by the tuned plan, with the routing spread out: one node when compiled."""
-    routing = RowRouting(token_index, weight, expert_offsets, token_rows, token_offsets, x.shape[0])
-    plan = find_plan(x, w_down, token_index.shape[0])
+    routing = RowRouting.of_columns(columns, x.shape[0])
+    plan = find_plan(x, w_down, routing.token_index.shape[0])
     with _on(x):
         return forward_rows(x, w_gate_up, w_down, routing, plan, keep)
 
 
 @triton_moe_mlp.register_fake
 def _(
-    x: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    weight: Tensor,
-    token_index: Tensor,
-    expert_offsets: Tensor,
-    token_rows: Tensor,
-    token_offsets: Tensor,
-    keep: bool,
+    x: Tensor, w_gate_up: Tensor, _w_down: Tensor, keep: bool, weight: Tensor, *_rest: Tensor
 ) -> tuple[Tensor, Tensor]:
-    shape = (token_index.shape[0], w_gate_up.shape[1]) if keep else (0,)
+    shape = (weight.shape[0], w_gate_up.shape[1]) if keep else (0,)
     return x.new_empty(x.shape), x.new_empty(shape)
 
 
-@torch.library.custom_op("dvpa_kernels::triton_moe_mlp_backward", mutates_args=())
+@torch.library.custom_op(
+    "dvpa_kernels::triton_moe_mlp_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor h, Tensor w_gate_up, Tensor w_down, bool need_x, "
+    f"bool need_gate_up, bool need_down, {COLUMNS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 def triton_moe_mlp_backward(
     grad: Tensor,
     x: Tensor,
     h: Tensor,
     w_gate_up: Tensor,
     w_down: Tensor,
-    weight: Tensor,
-    token_index: Tensor,
-    expert_offsets: Tensor,
-    token_rows: Tensor,
-    token_offsets: Tensor,
     need_x: bool,
     need_gate_up: bool,
     need_down: bool,
+    *columns: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`backward_rows` by the tuned plan; has no gradient of its own."""
-    routing = RowRouting(token_index, weight, expert_offsets, token_rows, token_offsets, x.shape[0])
-    plan = find_plan(x, w_down, token_index.shape[0])
+    routing = RowRouting.of_columns(columns, x.shape[0])
+    plan = find_plan(x, w_down, routing.token_index.shape[0])
     need = (need_x, need_gate_up, need_down)
     with _on(x):
         return backward_rows(grad, x, h, w_gate_up, w_down, routing, plan, need)
@@ -223,19 +202,16 @@ def triton_moe_mlp_backward(
 
 @triton_moe_mlp_backward.register_fake
 def _(
-    grad: Tensor,
+    _grad: Tensor,
     x: Tensor,
-    h: Tensor,
+    _h: Tensor,
     w_gate_up: Tensor,
     w_down: Tensor,
-    weight: Tensor,
-    token_index: Tensor,
-    expert_offsets: Tensor,
-    token_rows: Tensor,
-    token_offsets: Tensor,
     need_x: bool,
     need_gate_up: bool,
     need_down: bool,
+    weight: Tensor,
+    *_rest: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape if need_x else 0),
@@ -247,22 +223,25 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)  # else a zero gradient for h is allocated
-    ctx.save_for_backward(inputs[0], output[1], *inputs[1:8])
+    x, w_gate_up, w_down, _keep, *columns = inputs
+    ctx.save_for_backward(x, output[1], w_gate_up, w_down, *columns)
 
 
 def _backward(ctx: Any, grad: Tensor | None, _grad_h: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 9
-    need = ctx.needs_input_grad
+    x, h, w_gate_up, w_down, *columns = ctx.saved_tensors
+    need_x, need_gate_up, need_down, _, need_weight, *_ = ctx.needs_input_grad
     d_x, d_gate_up, d_down, d_weight = triton_moe_mlp_backward(
-        grad, *ctx.saved_tensors, need[0], need[1], need[2]
+        grad, x, h, w_gate_up, w_down, need_x, need_gate_up, need_down, *columns
     )
     return (
-        d_x if need[0] else None,
-        d_gate_up if need[1] else None,
-        d_down if need[2] else None,
-        d_weight if need[3] else None,
-        *(None,) * 5,
+        d_x if need_x else None,
+        d_gate_up if need_gate_up else None,
+        d_down if need_down else None,
+        None,
+        d_weight if need_weight else None,
+        *(None,) * 4,
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dvpa_kernels.cpu.library import FORMATS, run_kernel, status
-from dvpa_kernels.routing import RowRouting
+from dvpa_kernels.routing import COLUMNS, RowRouting
 from dvpa_kernels.torch_grouped import moe_mlp_torch
 
 # Mean rows of the experts that have any, above which F.grouped_mm takes over: for fp32, and for
@@ -59,16 +59,8 @@ def moe_mlp_cpu(
     if wants_grad or x.dtype not in FORMATS:
         return moe_mlp_torch(x, w_gate_up, w_down, routing)
     if torch.compiler.is_compiling() or type(x) is not Tensor:
-        return cpu_moe_mlp(
-            x,
-            w_gate_up,
-            w_down,
-            routing.weight,
-            routing.token_index,
-            routing.expert_offsets,
-            routing.token_rows,
-            routing.token_offsets,
-        )
+        y: Tensor = cpu_moe_mlp(x, w_gate_up, w_down, *routing.columns)
+        return y
     return _run(x, w_gate_up, w_down, routing, isa)
 
 
@@ -91,40 +83,18 @@ def _is_large(routing: RowRouting, max_rows: int) -> bool:
     return rows > max_rows * used
 
 
-@torch.library.custom_op("dvpa_kernels::cpu_moe_mlp", mutates_args=(), device_types="cpu")
-def cpu_moe_mlp(
-    x: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    weight: Tensor,
-    token_index: Tensor,
-    expert_offsets: Tensor,
-    token_rows: Tensor,
-    token_offsets: Tensor,
-) -> Tensor:
+@torch.library.custom_op(
+    "dvpa_kernels::cpu_moe_mlp",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"(Tensor x, Tensor w_gate_up, Tensor w_down, {COLUMNS}) -> Tensor",
+)
+def cpu_moe_mlp(x: Tensor, w_gate_up: Tensor, w_down: Tensor, *columns: Tensor) -> Tensor:
     """`moe_mlp_cpu` for a graph: the rows come with their padding, which is cut off here."""
-    rows = int(expert_offsets[-1])
-    routing = RowRouting(
-        token_index[:rows],
-        weight[:rows],
-        expert_offsets,
-        token_rows[:rows],
-        token_offsets,
-        x.shape[0],
-        is_checked=True,
-    )
+    routing = RowRouting.of_columns(columns, x.shape[0]).without_padding()
     return _run(x, w_gate_up, w_down, routing, None)
 
 
 @cpu_moe_mlp.register_fake
-def _(
-    x: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    weight: Tensor,
-    token_index: Tensor,
-    expert_offsets: Tensor,
-    token_rows: Tensor,
-    token_offsets: Tensor,
-) -> Tensor:
+def _(x: Tensor, *_rest: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
