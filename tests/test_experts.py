@@ -15,6 +15,7 @@ from torch import Tensor
 from dvpa.model.router import NO_TIER, TierPlan
 from dvpa.ops import resolve_backend
 from dvpa_kernels import make_routing, moe_mlp
+from dvpa_kernels.fp8 import moe_mlp_fp8, quantise_weight
 
 BACKEND = pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
 
@@ -202,6 +203,15 @@ def test_a_routing_made_by_hand_is_checked(
     bad = replace(by_hand, **{column: change(getattr(routing, column))})
     with pytest.raises(ValueError, match=message):
         moe_mlp(*operands, bad)
+
+
+def test_fp8_checks_a_routing_made_by_hand_before_anything_else() -> None:
+    inputs = case(4, 3, 2, 16, 8)
+    gate_up, down = quantise_weight(inputs["w_gate_up"]), quantise_weight(inputs["w_down"])
+    routing = make_routing(inputs["index"], inputs["weight"], 3)
+    bad = replace(routing, is_checked=False, token_index=routing.token_index + 99)
+    with pytest.raises(ValueError, match=r"routing.token_index: 99 \.\. 1\d\d must be in 0"):
+        moe_mlp_fp8(inputs["x"], *gate_up, *down, bad)
 
 
 def test_rows_of_every_token_lead_back_to_its_slots() -> None:
