@@ -52,7 +52,7 @@ if [ "$run_tests" = 1 ]; then
     [ -n "${OUT:-}" ] || log=/dev/null
     echo "== GPU tests"
     "$python" -m pytest -q -ra tests/test_gpu_kernel.py tests/test_experts_interface.py \
-        tests/test_cpu_kernel.py 2>&1 \
+        tests/test_cpu_kernel.py tests/test_cpu_build.py 2>&1 \
         | tee "$log" || status=1
 fi
 if [ "$run_autotune" = 1 ]; then
