@@ -60,29 +60,52 @@ class TensorInfo:
 class ShardReader:
     """All tensors of a checkpoint folder, by name.
 
-    `tensors` maps names to `TensorInfo`, in the order of the files.
+    `tensors` maps names to `TensorInfo`, in the order of the files. With `keep_going`, a shard of
+    the index that is missing or corrupt is no error: `broken` maps its tensors to the reason.
 
     Raises:
         FileNotFoundError: no weights in the folder, or a shard of the index is missing.
         ValueError: a shard is corrupt or truncated, or the index and the shards disagree.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, keep_going: bool = False) -> None:
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
+        self.broken: dict[str, str] = {}
         self._file_of: dict[str, Path] = {}
+        self._offset_of: dict[str, int] = {}
         self._opened: tuple[Path, Any] | None = None  # the shard read last; neighbours follow
         index = _read_index(folder)
         for path in sorted({folder / name for name in index.values()} or {folder / SINGLE_FILE}):
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: no such shard")
-            for name, info in read_header(path).items():
-                if name in self.tensors:
-                    raise ValueError(f"{path}: {name}: also in {self._file_of[name].name}")
-                self.tensors[name], self._file_of[name] = info, path
+            try:
+                self._add(path)
+            except (OSError, ValueError) as error:
+                if not (keep_going and index):  # without an index: nobody knows what it held
+                    raise
+                held = (name for name, file in index.items() if folder / file == path)
+                self.broken.update(dict.fromkeys(held, str(error)))
         for name, file in index.items():
-            if self._file_of.get(name) != folder / file:
+            if name not in self.broken and self._file_of.get(name) != folder / file:
                 raise ValueError(f"{folder / INDEX_FILE}: {name}: not in {file}")
+
+    def _add(self, path: Path) -> None:
+        """Take in the header of one shard."""
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such shard")
+        infos = read_header(path)
+        for name in infos:
+            if name in self.tensors:
+                raise ValueError(f"{path}: {name}: also in {self._file_of[name].name}")
+        # The data is the file's end, without gaps: `read_header` has checked that.
+        offset = path.stat().st_size - sum(info.num_bytes for info in infos.values())
+        for name, info in infos.items():
+            self.tensors[name], self._file_of[name] = info, path
+            self._offset_of[name] = offset
+            offset += info.num_bytes
+
+    def locate(self, name: str) -> tuple[Path, int]:
+        """Where the data of a tensor lies: its file, and the offset in bytes from its start."""
+        return self._file_of[name], self._offset_of[name]
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
         """The tensor, or the part `index` of it; only that part is read from the disk.

@@ -1,0 +1,468 @@
+"""Experts that come from disk: the same results, nothing read in vain, bounded, and never wrong."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import left_padded, moe_layers, thresholds, tiny_config, tiny_model
+
+from dvpa.checkpoint import ShardReader, ShardWriter, TensorInfo
+from dvpa.config import DvpaConfig, load_model_config
+from dvpa.engine.residency import ExpertStore, GroupUnavailable, count_slots, load_resident
+from dvpa.engine.weights import WeightFiles
+from dvpa.model import DvpaForCausalLM
+from dvpa.model.tensor_names import expert_index, tensor_shapes
+from dvpa_kernels.cpu.library import status
+
+PLENTY = 10**9
+LAYERS, BASE, GROUPS, SIZE = 2, 1, 4, 4  # of tiny_config: MoE layers, groups and their experts
+UPPER = GROUPS - BASE
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny_model in fp32, about one expert in each shard (Transformers writes layer by layer)."""
+    saved, folder = tmp_path_factory.mktemp("saved"), tmp_path_factory.mktemp("residency")
+    model = tiny_model()
+    model.tier_map = thresholds(model, 0.3, 0.6)
+    model.save_pretrained(saved)
+    reader = ShardReader(saved)
+    plan = {name: reader.tensors[name] for name in tensor_shapes(model.config)}
+    with ShardWriter(folder, plan, shard_bytes=3 * 16 * 32 * 4) as writer:
+        for name in plan:
+            writer.write(name, reader.read(name))
+    for name in ("config.json", "tier_map.json"):
+        (folder / name).write_bytes((saved / name).read_bytes())
+    return folder
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    """The same, to be damaged."""
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+@pytest.fixture
+def open_store() -> Iterator[Callable[..., ExpertStore]]:
+    """Makes stores with a number of upper slots, and closes them."""
+    opened = []
+
+    def make(
+        folder: Path, upper_slots: int, dtype: torch.dtype = torch.float32, **options: Any
+    ) -> ExpertStore:
+        config = DvpaConfig.from_pretrained(folder)
+        pinned = config.tiers[0].num_groups * len(range(1, config.num_hidden_layers))
+        weights = WeightFiles(folder, config, **options)
+        store = ExpertStore(config, weights, pinned + upper_slots, dtype=dtype)
+        opened.append(store)
+        return store
+
+    yield make
+    for store in opened:
+        store.close()
+
+
+def random_table(tokens: int, groups: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distinct experts of the groups, [T, 4] with some slots empty, and weights with NaN there."""
+    generator = torch.Generator().manual_seed(seed)
+    experts = torch.tensor([g * SIZE + i for g in groups for i in range(SIZE)])
+    order = torch.rand(tokens, len(experts), generator=generator).argsort(1)[:, :4]
+    empty = torch.rand(tokens, 4, generator=generator) < 0.2
+    weight = torch.rand(tokens, 4, generator=generator).masked_fill(empty, float("nan"))
+    return experts[order].masked_fill(empty, GROUPS * SIZE), weight
+
+
+def unpaged(
+    model: DvpaForCausalLM, layer: int, x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    from dvpa.ops import expert_mlp
+
+    experts = model.model.layers[layer].mlp.experts
+    return expert_mlp(x, experts.gate_up_proj, experts.down_proj, index, weight)
+
+
+def page(model: DvpaForCausalLM, store: ExpertStore) -> DvpaForCausalLM:
+    """The model with its experts computed by the store."""
+    for layer, moe in zip(store.layers, moe_layers(model), strict=True):
+        moe.experts.forward = lambda hidden, routing, layer=layer: store.experts(
+            layer, hidden, routing.topk_index, routing.topk_weight
+        )
+    return model
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not done():
+        assert time.monotonic() < deadline, "nothing happened for 20 seconds"
+        time.sleep(0.002)
+
+
+def assert_same(left: torch.Tensor, right: torch.Tensor) -> None:
+    """Bitwise with the kernel; without a compiler F.grouped_mm sums in the arena's order."""
+    if status().isa is None:
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("upper_slots", [1, 2, UPPER, LAYERS * UPPER])
+@torch.no_grad()
+def test_experts_are_those_of_the_unpaged_model(
+    folder: Path, open_store: Callable[..., ExpertStore], upper_slots: int, dtype: torch.dtype
+) -> None:
+    model = DvpaForCausalLM.from_pretrained(folder, dtype=dtype)
+    store = open_store(folder, upper_slots, dtype)
+    subsets = [[0], [0, 1], [2], [0, 1, 2, 3], [1, 3], [3, 2, 1]]
+    for seed in range(24):
+        layer, groups = 1 + seed % LAYERS, subsets[seed % len(subsets)]
+        tokens = (1, 3, 40)[seed % 3]
+        index, weight = random_table(tokens, groups, seed)
+        x = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        found, expected = (
+            store.experts(layer, x, index, weight),
+            unpaged(model, layer, x, index, weight),
+        )
+        assert found.dtype == dtype
+        touched = set((index[index < GROUPS * SIZE] // SIZE).tolist()) - {0}
+        if len(touched) <= upper_slots:
+            assert_same(found, expected)
+        else:  # rounded row by row
+            tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    assert store.stats.misses > 0
+
+
+@torch.no_grad()
+def test_several_passes_do_not_depend_on_the_batch_or_on_what_is_resident(
+    folder: Path, open_store: Callable[..., ExpertStore]
+) -> None:
+    store = open_store(folder, 1)
+    index, weight = random_table(16, [0, 1, 2, 3], seed=3)
+    x = torch.randn(16, 32)
+    together = store.experts(1, x, index, weight)
+    store.experts(1, x[:1], torch.full((1, 4), 3 * SIZE), weight[:1])
+    assert torch.equal(store.experts(1, x, index, weight), together)
+    spread = [t for t in range(16) if len({e // SIZE for e in index[t].tolist()} - {0, 4}) > 1]
+    assert len(spread) > 8
+    for t in spread:
+        alone = store.experts(1, x[t : t + 1], index[t : t + 1], weight[t : t + 1])
+        assert torch.equal(alone[0], together[t])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_the_model_is_what_from_pretrained_gives(folder: Path, dtype: torch.dtype) -> None:
+    whole = DvpaForCausalLM.from_pretrained(folder, dtype=dtype)
+    with torch.inference_mode():  # wherever an engine is built
+        model, store = load_resident(folder, dtype=dtype, max_resident_bytes=PLENTY)
+    state = model.state_dict()
+    for name, value in whole.state_dict().items():
+        if ".experts." not in name:
+            assert state[name].dtype == value.dtype and torch.equal(state[name], value), name
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert {name for name, p in model.named_parameters() if p.is_meta} == {
+        f"model.layers.{layer}.mlp.experts.{name}_proj"
+        for layer in (1, 2)
+        for name in ("gate_up", "down")
+    }
+    assert model.tier_map == whole.tier_map and model.dtype == dtype
+    batch = left_padded([5, 9, 7])
+    for tiers in (torch.tensor([0, 1, 2]), None):
+        left = page(model, store)(**batch._asdict(), tiers=tiers, use_cache=False)
+        right = whole(**batch._asdict(), tiers=tiers, use_cache=False)
+        assert_same(left.logits, right.logits)
+    assert store.stats.failed_loads == 0 < store.stats.bytes_read
+    store.close()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"tie_word_embeddings": True}, {"tie_word_embeddings": False, "difficulty": None}]
+)
+@torch.no_grad()
+def test_other_architectures(changes: dict, tmp_path: Path) -> None:
+    config = load_model_config("model/pico.yaml")
+    whole = tiny_model(DvpaConfig.from_dict({**config.to_dict(), **changes}))
+    whole.save_pretrained(tmp_path)
+    model, store = load_resident(tmp_path, dtype=torch.float32, max_resident_bytes=PLENTY)
+    ids = torch.arange(6)[None]
+    for tier in range(config.num_tiers):
+        left = page(model, store)(ids, tiers=tier).logits
+        assert_same(left, whole(ids, tiers=tier).logits)
+    is_tied = model.lm_head.weight is model.model.embed_tokens.weight
+    assert is_tied == changes["tie_word_embeddings"]
+    store.close()
+
+
+@torch.no_grad()
+def test_easy_traffic_reads_nothing(folder: Path) -> None:
+    model, store = load_resident(folder, dtype=torch.float32, max_resident_bytes=PLENTY)
+    before = store.stats.resident_bytes
+    store.prefetch(0)
+    page(model, store)(**left_padded([30, 40])._asdict(), tiers=0)
+    stats = store.stats
+    assert (stats.bytes_read, stats.group_loads, stats.hits, stats.misses) == (0, 0, 0, 0)
+    assert stats.resident_bytes == before
+    page(model, store)(**left_padded([30, 40])._asdict(), tiers=1)
+    group_bytes = SIZE * 3 * 16 * 32 * 4
+    assert store.stats.bytes_read == store.stats.group_loads * group_bytes > 0
+    assert store.stats.resident_bytes == before + LAYERS * group_bytes  # tier 1 adds one group
+    store.close()
+
+
+@torch.no_grad()
+def test_the_base_pool_is_never_evicted(
+    folder: Path, open_store: Callable[..., ExpertStore]
+) -> None:
+    whole = DvpaForCausalLM.from_pretrained(folder)
+    store = open_store(folder, 2)
+    for seed in range(40):
+        index, weight = random_table(4, [1 + seed % 3, 0], seed)
+        store.prefetch(seed % 3)
+        store.experts(1 + seed % LAYERS, torch.randn(4, 32), index, weight)
+    assert store.stats.evictions > 10
+    for i, moe in enumerate(moe_layers(whole)):
+        rows = slice(i * SIZE, (i + 1) * SIZE)
+        assert torch.equal(store.gate_up[rows], moe.experts.gate_up_proj[:SIZE])
+        assert torch.equal(store.down[rows], moe.experts.down_proj[:SIZE])
+
+
+@torch.no_grad()
+def test_prefetch_brings_in_what_it_predicts(
+    folder: Path, open_store: Callable[..., ExpertStore]
+) -> None:
+    store = open_store(folder, LAYERS * UPPER)
+    store.prefetch(1)
+    wait_until(lambda: store.stats.prefetch_loads == LAYERS)  # one group above the base
+    index, weight = random_table(8, [0, 1], seed=0)
+    for layer in (1, 2):
+        store.experts(layer, torch.randn(8, 32), index, weight)
+    stats = store.stats
+    assert (stats.prefetch_hits, stats.hits, stats.misses) == (LAYERS, LAYERS, 0)
+    store.prefetch(2)
+    wait_until(lambda: store.stats.prefetch_loads == LAYERS * UPPER)
+    assert store.stats.evictions == 0
+    with pytest.raises(ValueError, match=r"tier: 3 is not one of 0=base, 1=middle, 2=top"):
+        store.prefetch(3)
+
+
+@torch.no_grad()
+def test_two_threads_and_too_few_slots(
+    folder: Path, open_store: Callable[..., ExpertStore]
+) -> None:
+    model = DvpaForCausalLM.from_pretrained(folder)
+    store = open_store(folder, UPPER)
+    for step in range(60):
+        store.prefetch(1 + step % 2)
+        for layer in (1, 2):
+            index, weight = random_table(6, [[1, 0], [2, 3], [0, 1, 2, 3]][step % 3], seed=step)
+            x = torch.randn(6, 32)
+            found = store.experts(layer, x, index, weight)
+            assert_same(found, unpaged(model, layer, x, index, weight))
+    stats = store.stats
+    assert stats.group_loads - stats.evictions <= UPPER
+    assert stats.group_loads == stats.misses + stats.prefetch_loads
+
+
+def upper_shard(folder: Path, layer: int, group: int) -> Path:
+    """A shard that holds nothing but experts of one upper group."""
+    reader = ShardReader(folder)
+    name = f"model.layers.{layer}.mlp.experts.{group * SIZE + 2}.up_proj.weight"
+    path, _ = reader.locate(name)
+    inside = [n for n in reader.tensors if reader.locate(n)[0] == path]
+    assert {(expert_index(n) or 0) // SIZE for n in inside} == {group}, inside
+    return path
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_header(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[20] ^= 0xFF
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_header, Path.unlink])
+@torch.no_grad()
+def test_a_broken_shard_costs_its_group_only(
+    folder: Path, copy: Path, damage: Callable[[Path], None]
+) -> None:
+    broken = upper_shard(copy, 2, 3)
+    damage(broken)
+    whole = DvpaForCausalLM.from_pretrained(folder)
+    model, store = load_resident(copy, dtype=torch.float32, max_resident_bytes=PLENTY)
+    batch = left_padded([9, 12])._asdict()
+    with pytest.raises(GroupUnavailable, match=f"layer 2, expert group 3: .*{broken.name}") as info:
+        page(model, store)(**batch, tiers=2)
+    assert (info.value.layer, info.value.group) == (2, 3)
+    for tier in (0, 1):
+        assert_same(model(**batch, tiers=tier).logits, whole(**batch, tiers=tier).logits)
+    index, weight = random_table(9, [0, 1, 2], seed=0)
+    x = torch.randn(9, 32)
+    assert_same(store.experts(2, x, index, weight), unpaged(whole, 2, x, index, weight))
+    store.prefetch(2)  # leaves the known failure alone
+    wait_until(lambda: store.stats.group_loads == LAYERS * UPPER - 1)
+    assert [key for key, _ in store.stats.failed_groups] == [(2, 3)]
+    assert store.stats.failed_loads == 1
+    store.close()
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_header])
+@torch.no_grad()
+def test_a_shard_that_breaks_while_serving(
+    copy: Path, open_store: Callable[..., ExpertStore], damage: Callable[[Path], None]
+) -> None:
+    store = open_store(copy, UPPER)
+    path = upper_shard(copy, 1, 2)
+    damage(path)
+    index, weight = random_table(9, [0, 2], seed=0)
+    with pytest.raises(GroupUnavailable, match=f"group 2: .*{path.name}: .*has changed since"):
+        store.experts(1, torch.randn(9, 32), index, weight)
+    index, weight = random_table(9, [0, 1, 3], seed=0)
+    assert store.experts(1, torch.randn(9, 32), index, weight).isfinite().all()
+    assert store.stats.failed_groups[0][0] == (1, 2)
+
+
+def test_a_failed_read_is_tried_again(
+    copy: Path, open_store: Callable[..., ExpertStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(copy, UPPER)
+    index, weight = random_table(9, [0, 2], seed=0)
+
+    def fail(*_: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.preadv", fail)
+        with pytest.raises(GroupUnavailable, match=r"group 2: .*Input/output error"):
+            store.experts(1, torch.randn(9, 32), index, weight)
+    store.experts(1, torch.randn(9, 32), index, weight)
+    assert store.stats.failed_groups == () and store.stats.failed_loads == 1
+
+
+def test_nothing_is_read_after_close(folder: Path, open_store: Callable[..., ExpertStore]) -> None:
+    store = open_store(folder, UPPER)
+    x = torch.randn(9, 32)
+    store.experts(1, x, *random_table(9, [0, 1], seed=0))
+    store.close()
+    store.prefetch(2)
+    store.experts(1, x, *random_table(9, [0, 1], seed=1))
+    with pytest.raises(GroupUnavailable, match="group 2: the weights are closed"):
+        store.experts(1, x, *random_table(9, [0, 2], seed=0))
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_header, Path.unlink])
+def test_a_broken_base_pool_is_refused(copy: Path, damage: Callable[[Path], None]) -> None:
+    name = "model.layers.1.mlp.experts.0.up_proj.weight"
+    damage(ShardReader(copy).locate(name)[0])
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts\..*model-.*safetensors"):
+        load_resident(copy, dtype=torch.float32, max_resident_bytes=PLENTY)
+
+
+def test_a_bound_that_is_too_small_says_what_is_needed(folder: Path) -> None:
+    config = tiny_config()
+    total = sum(torch.Size(s).numel() for n, s in tensor_shapes(config).items()) * 4
+    group = SIZE * 3 * 16 * 32 * 4
+    needed = total - (LAYERS - 1) * UPPER * group
+    with pytest.raises(ValueError, match=f"max_resident_bytes: {needed - 1} must be .* {needed}: "):
+        load_resident(folder, dtype=torch.float32, max_resident_bytes=needed - 1)
+    assert count_slots(config, torch.float32, needed) == LAYERS * BASE + UPPER
+    assert count_slots(config, torch.float32, needed + group) == LAYERS * BASE + UPPER + 1
+    assert count_slots(config, torch.float32, PLENTY) == LAYERS * GROUPS
+
+
+@pytest.mark.parametrize("drop_page_cache", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_tensors_longer_than_the_buffer(
+    folder: Path, tmp_path: Path, dtype: torch.dtype, drop_page_cache: bool
+) -> None:
+    config = tiny_config(vocab_size=3001)  # an embedding of 384 KB in fp32
+    codes = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    plan = {n: TensorInfo(codes[dtype], shape) for n, shape in tensor_shapes(config).items()}
+    name = "model.embed_tokens.weight"
+    values = torch.randn(plan[name].shape).to(dtype)
+    with ShardWriter(tmp_path, plan) as writer:
+        for tensor, info in plan.items():
+            writer.write(tensor, values if tensor == name else torch.zeros(info.shape, dtype=dtype))
+    weights = WeightFiles(tmp_path, config, drop_page_cache=drop_page_cache)
+    for wanted in (torch.float32, torch.bfloat16):
+        out = torch.empty(plan[name].shape, dtype=wanted)
+        assert weights.read_into(name, out) == values.nbytes
+        assert torch.equal(out, values.to(wanted))
+    weights.close()
+
+
+MEASURE_RSS = """
+import sys
+from pathlib import Path
+import torch
+from helpers import tiny_config, tiny_model
+from test_residency import page
+from dvpa.engine.residency import load_resident
+
+def resident(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+
+folder, bound, dtype = Path(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
+ids = torch.arange(3, 35)[None]
+with torch.no_grad():
+    tiny_model(tiny_config()).to(dtype)(ids, tiers=2)  # code, kernels, allocator
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
+    before = resident("VmRSS")
+    model, store = load_resident(folder, dtype=dtype, max_resident_bytes=bound)
+    page(model, store)
+    model(ids, tiers=0)
+    assert store.stats.bytes_read == 0
+    easy, easy_peak = resident("VmRSS") - before, resident("VmHWM") - before
+    counted = store.stats.resident_bytes
+    for step in range(3):
+        store.prefetch(1)
+        assert model(ids, tiers=1).logits.isfinite().all()
+    hard_peak = resident("VmHWM") - before
+slack = 8 << 20
+print(f"{bound=} {counted=} {easy=} {easy_peak=} {hard_peak=} {store.stats}")
+assert 0.9 * counted < easy < counted + slack, "the counter is not what the process takes"
+assert easy_peak < counted + slack
+assert store.stats.evictions > 0 and store.stats.resident_bytes <= bound
+assert hard_peak < bound + slack
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_resident_memory_stays_below_the_bound(tmp_path: Path, dtype: str) -> None:
+    """A checkpoint of 256 MB, loaded as fp32 or bf16, in its own process: a quarter may stay."""
+    config = tiny_config(
+        hidden_size=256, moe_intermediate_size=320, num_hidden_layers=9, n_routed_experts=32,
+        n_group=16, vocab_size=512,
+        tiers=[
+            {"name": "base", "num_groups": 1, "top_k": 2, "topk_group": 1,
+             "routed_scaling_factor": 1.0},
+            {"name": "top", "num_groups": 16, "top_k": 4, "topk_group": 16,
+             "routed_scaling_factor": 1.0},
+        ],
+    )  # fmt: skip
+    plan = {name: TensorInfo("F32", shape) for name, shape in tensor_shapes(config).items()}
+    with ShardWriter(tmp_path, plan, shard_bytes=40_000_000) as writer:
+        for name, info in plan.items():
+            writer.write(name, torch.randn(info.shape).mul_(0.05))
+    config.save_pretrained(tmp_path)
+    itemsize = getattr(torch, dtype).itemsize
+    bound = 16 * itemsize << 20
+    assert sum(info.num_bytes for info in plan.values()) * itemsize / 4 > 3.9 * bound
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE_RSS, str(tmp_path), str(bound), dtype],
+        capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},  # this folder, too
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
