@@ -22,6 +22,11 @@ _EXPORTS = {
     "DvpaModel": "dvpa.model",
     "answer": "dvpa.model",
     "export_tier": "dvpa.checkpoint",
+    "Engine": "dvpa.engine",
+    "EngineConfig": "dvpa.engine",
+    "EscalationParams": "dvpa.engine",
+    "SamplingParams": "dvpa.engine",
+    "SpeculateParams": "dvpa.engine",
 }
 __all__ = ["__version__", *_EXPORTS]
 

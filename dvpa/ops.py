@@ -12,6 +12,12 @@ from torch import Tensor
 
 from dvpa_kernels import BACKENDS, IS_PACKAGE, make_routing, moe_mlp
 
+if IS_PACKAGE:
+    # The engine's forward needs these; a checkpoint's own code does not.
+    from dvpa_kernels import latent_attention as latent_attention
+    from dvpa_kernels import linear as linear
+    from dvpa_kernels import rms_norm as rms_norm
+
 logger = logging.getLogger(__name__)
 
 # Anywhere else (MPS, XPU, meta) PyTorch's own grouped GEMM.

@@ -52,12 +52,14 @@ class ModelPrice:
 
     `probe_flops_per_token`: what scoring costs per prompt token (the layers before the head, at the
     base tier); `head_flops_per_request`: the head and its logit lens, once. Both 0 without a head.
+    `trunk_flops_per_token`: the dense first layers, which no tier runs twice.
     """
 
     total_params: int
     head_params: int
     probe_flops_per_token: int
     head_flops_per_request: int
+    trunk_flops_per_token: int
     tiers: tuple[TierPrice, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,7 +107,8 @@ def price(config: "Architecture", context: int = 0) -> ModelPrice:
     head = _head_params(config)
     probe = _probe_flops(config, context)
     once = 2 * (head + config.vocab_size * config.hidden_size) if head else 0
-    return ModelPrice(tiers[-1].tier_params + head, head, probe, once, tiers)
+    trunk = _layer_flops(config, context, config.first_k_dense_replace)
+    return ModelPrice(tiers[-1].tier_params + head, head, probe, once, trunk, tiers)
 
 
 def _tier_price(
@@ -148,10 +151,14 @@ def _probe_flops(config: "Architecture", context: int) -> int:
     """FLOPs per prompt token before the difficulty head, its pooling included."""
     if config.difficulty is None:
         return 0
-    num_layers = config.difficulty.probe_layer
-    layers = sum(weight.size * weight.active for weight in _layers(config, 0, num_layers))
     pooling = 2 * config.hidden_size  # norm and attention query
-    return 2 * (layers + pooling) + _attention_flops(config, context, num_layers)
+    return _layer_flops(config, context, config.difficulty.probe_layer) + 2 * pooling
+
+
+def _layer_flops(config: "Architecture", context: int, num_layers: int) -> int:
+    """FLOPs per token of the first layers at the base tier."""
+    weights = sum(weight.size * weight.active for weight in _layers(config, 0, num_layers))
+    return 2 * weights + _attention_flops(config, context, num_layers)
 
 
 def _num_moe_layers(config: "Architecture") -> int:

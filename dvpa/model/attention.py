@@ -86,7 +86,7 @@ class DvpaAttention(nn.Module):
             [config.kv_lora_rank, config.qk_rope_head_dim], -1
         )
         latent_B1SC = self.kv_a_layernorm(latent)[:, None]
-        q_rope_BHSP, k_rope_B1SP = _rotate(
+        q_rope_BHSP, k_rope_B1SP = _rotate_both(
             q_rope_BHSP, k_rope[:, None], *position_embeddings, interleaved=config.rope_interleave
         )
         absorbed = False
@@ -153,15 +153,15 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2), weights
 
 
-def _rotate(
+def _rotate_both(
     query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
     """Rotary embedding; `interleaved` weights store the pairs side by side and are parted first."""
     cos, sin = cos[:, None], sin[:, None]
-    return _rotate_one(query, cos, sin, interleaved), _rotate_one(key, cos, sin, interleaved)
+    return rotate(query, cos, sin, interleaved), rotate(key, cos, sin, interleaved)
 
 
-def _rotate_one(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     if interleaved:
         x = torch.cat((x[..., ::2], x[..., 1::2]), -1)
     first, second = x.chunk(2, -1)

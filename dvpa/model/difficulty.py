@@ -57,11 +57,20 @@ class DifficultyHead(nn.Module):
             states_BSD: states at the probe layer; mask_BS: True on prompt positions.
             logits_BV: the logit lens at the last prompt position.
         """
-        states = self.norm(states_BSD.detach().to(self.fc1.weight.dtype))
+        states, scores_BS = self.look(states_BSD)
         mask_BS = mask_BS.bool()
-        scores_BS = self.query(states).squeeze(-1).float().masked_fill(~mask_BS, float("-inf"))
+        scores_BS = scores_BS.masked_fill(~mask_BS, float("-inf"))
         pooled_BD = torch.einsum("bs,bsd->bd", scores_BS.softmax(-1).to(states.dtype), states)
-        read = torch.cat((pooled_BD, last_position(states, mask_BS)), -1)
+        return self.judge(pooled_BD, last_position(states, mask_BS), logits_BV)
+
+    def look(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised states [..., D] and how much attention each asks for, fp32 [...]."""
+        states = self.norm(states.detach().to(self.fc1.weight.dtype))
+        return states, self.query(states).squeeze(-1).float()
+
+    def judge(self, pooled_BD: Tensor, last_BD: Tensor, logits_BV: Tensor) -> HeadOutput:
+        """Score prompts from their pooled and last (normalised) states and the logit lens."""
+        read = torch.cat((pooled_BD, last_BD), -1)
         read = F.dropout(read, STATE_DROPOUT, training=self.training)
         features = torch.cat((read, certainty(logits_BV.detach()).to(read.dtype)), -1)
         return self.on_scale(self.fc2(F.gelu(self.fc1(features))).squeeze(-1).float())

@@ -1,0 +1,50 @@
+"""The latent cache: what multi-head latent attention keeps of each position, in pages.
+
+A position's row in a layer is its normalised latent (C = kv_lora_rank values) followed by the
+rotated rope key (P = qk_rope_head_dim): 576 values for DeepSeek-V3, whatever the number of heads.
+Rows of pages that nobody holds may contain anything, NaN included.
+
+Letters: L layers, W = C + P.
+"""
+
+import torch
+from torch import Tensor
+
+from dvpa.config import DvpaConfig
+
+
+class LatentCache:
+    """Storage for `num_pages` pages of `page_size` positions; `layers[i]` is [pages, size, W]."""
+
+    def __init__(
+        self,
+        config: DvpaConfig,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        width = config.kv_lora_rank + config.qk_rope_head_dim
+        shape = (config.num_hidden_layers, num_pages, page_size, width)
+        self.page_size = page_size
+        self.storage = torch.empty(shape, dtype=dtype, device=device)
+        self.layers = list(self.storage.unbind(0))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all pages."""
+        return self.storage.numel() * self.storage.element_size()
+
+    def write(self, layer: int, slots_T: Tensor, rows_TW: Tensor) -> None:
+        """Store rows; a slot is page * page_size + offset."""
+        self.layers[layer].flatten(0, 1).index_copy_(0, slots_T, rows_TW)
+
+    def read(self, layer: int, pages: Tensor, length: int) -> Tensor:
+        """The first `length` rows of a sequence with these pages, [length, W]."""
+        return self.layers[layer][pages].flatten(0, 1)[:length]
+
+
+def bytes_per_position(config: DvpaConfig, dtype: torch.dtype) -> int:
+    """Bytes that one position takes in the cache, over all layers."""
+    width = config.kv_lora_rank + config.qk_rope_head_dim
+    return config.num_hidden_layers * width * dtype.itemsize

@@ -1,0 +1,326 @@
+"""`Engine`: requests in, text and telemetry out; continuous batching of all tiers in one batch.
+
+`add` queues a request, `step` moves all running ones on, `cancel` ends one; `generate` does a whole
+list, `stream` is the asynchronous way. No knowledge of HTTP. A step is: schedule, run, apply.
+
+One step runs at a time, in whatever thread asks for it. Requests may be added and cancelled from
+any thread at any time.
+"""
+
+import asyncio
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dvpa.engine.admission import Admission, Prompt
+from dvpa.engine.cache import LatentCache, bytes_per_position
+from dvpa.engine.config import EngineConfig
+from dvpa.engine.loading import load_model
+from dvpa.engine.outputs import Gathering, Piece, RequestOutput
+from dvpa.engine.pages import PageAllocator
+from dvpa.engine.progress import Progress
+from dvpa.engine.request import Request
+from dvpa.engine.runner import Runner
+from dvpa.engine.sampler import Sampler
+from dvpa.engine.sampling_params import SamplingParams
+from dvpa.engine.scheduler import QueueFull, Scheduler
+from dvpa.engine.telemetry import record
+from dvpa.model.causal_lm import DvpaForCausalLM
+from dvpa.pricing import price
+from dvpa.tiers.policy import Policy
+
+Listener = Callable[[Piece], None]
+
+
+class Engine:
+    """Serves one checkpoint.
+
+    Args:
+        model: a checkpoint folder, or a loaded model.
+        tokenizer: needed for text; read from the folder where there is one.
+        dtype: "bfloat16", "float16", "float32", a torch.dtype, or "auto" (as stored).
+        device: "cpu", "cuda", ...; default: where the model is, CUDA if there is one.
+        config: all settings at once, or single ones by name (see `EngineConfig`).
+
+    Raises:
+        FileNotFoundError, ValueError: no such checkpoint, or one that is not sound; bad settings.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | DvpaForCausalLM,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        config: EngineConfig | None = None,
+        **settings: Any,
+    ) -> None:
+        self.config = replace(config or EngineConfig(), **settings)
+        loaded = load_model(model, tokenizer, dtype, device, self.config.max_resident_bytes)
+        self.model, self.tokenizer, self.store = loaded.model, loaded.tokenizer, loaded.store
+        self.policy = Policy(
+            self.model.tier_map,
+            allow_degradation=self.config.allow_degradation,
+            degrade_from=self.config.degrade_from,
+        )
+        self._price = price(self.model.config)
+        eos = self.model.generation_config.eos_token_id
+        eos_token_ids = frozenset([eos] if isinstance(eos, int) else eos or ())
+        self.pages, cache = self._make_cache()
+        self.runner = Runner(self.model, cache, None if self.store is None else self.store.experts)
+        self.pages.on_allocate = self.runner.drop_page
+        self.scheduler = Scheduler(
+            self.pages,
+            max_num_seqs=self.config.max_num_seqs,
+            max_num_batched_tokens=self.config.max_num_batched_tokens,
+            max_queue=self.config.max_queue,
+            read_at_base=self.config.read_prompt == "base",
+            prefix_caching=self.config.prefix_caching,
+            has_probe=self.runner.has_reading,
+        )
+        self.admission = Admission(
+            self.model.config,
+            self.config,
+            self.policy,
+            self.tokenizer,
+            self.pages.num_pages * self.pages.page_size,
+            lambda: self.scheduler.load,
+        )
+        self.progress = Progress(
+            self.scheduler,
+            self.runner,
+            Sampler(sorted(eos_token_ids)),
+            self._price,
+            eos_token_ids,
+            self.config.escalation,
+            self.admission.decide,
+            time.monotonic,
+        )
+        self.num_steps = 0
+        self._requests: dict[str, list[Request]] = {}  # the n completions of each prompt
+        self._listeners: dict[str, Listener] = {}
+        self._in_flight: set[Request] = set()
+        self._books = threading.RLock()  # scheduler, requests, listeners; never held for a pass
+        self._one_step = threading.Lock()
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="dvpa-engine")
+        self._driver: asyncio.Task[None] | None = None
+
+    # -- requests ---------------------------------------------------------------------------------
+
+    def add(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        listener: Listener | None = None,
+    ) -> str:
+        """Queue a prompt (text or token ids) and return the request's id.
+
+        `listener` is called with every `Piece`, from the thread that runs the step.
+
+        Raises:
+            ValueError: an empty prompt or one that does not fit, an unknown token or tier, a
+                request_id in use.
+            QueueFull: the waiting queue is at its bound.
+        """
+        request_id = request_id or uuid.uuid4().hex
+        [(token_ids, params)] = self.admission.pair([prompt], params)
+        with self._books:
+            if request_id in self._requests:
+                raise ValueError(f"request_id: {request_id!r} is in use")
+            self.scheduler.check_room(params.n)
+            requests: list[Request] = []
+            for index in range(params.n):
+                leader = requests[0] if requests else None
+                requests.append(
+                    self.admission.make_request(request_id, index, token_ids, params, leader)
+                )
+            self._requests[request_id] = requests
+            if listener is not None:
+                self._listeners[request_id] = listener
+            for request in requests:
+                self.progress.begin(request, self.tokenizer, self.admission.highest(params))
+                self.scheduler.add(request)
+        return request_id
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request; its pages are free at once (after the step in flight, if it is in it).
+
+        Returns False for one that has ended or never was.
+        """
+        with self._books:
+            requests = self._requests.get(request_id, [])
+            for request in requests:
+                if request.finish_reason is not None:
+                    continue
+                if request in self._in_flight:
+                    request.cancel_wanted = True
+                else:
+                    self.progress.end(request, "cancelled")
+            self._deliver(requests)
+            return bool(requests)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request has not ended."""
+        return bool(self._requests)
+
+    def step(self) -> list[Piece]:
+        """Move all running requests on by one pass; the news of those that have any."""
+        with self._one_step:
+            with self._books:
+                late = self.scheduler.expired(time.monotonic())
+                for request in late:
+                    self.progress.end(request, "timeout", "the deadline has passed")
+                segments, preempted = self.scheduler.schedule()
+                for request in preempted:
+                    self.progress.lost_pages(request)
+                now = time.monotonic()
+                for segment in segments:
+                    if segment.request.admitted is None:
+                        segment.request.admitted = now
+                self._in_flight = {segment.request for segment in segments}
+            try:
+                result = self.runner.run(segments) if segments else None
+            finally:
+                with self._books:
+                    touched = [*late, *self._in_flight]
+                    self._in_flight = set()
+            with self._books:
+                self.num_steps += 1
+                if result is not None:
+                    self.progress.apply(segments, result)
+                return self._deliver(touched)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete all prompts; one output per prompt, in order (`choices` has all `n`).
+
+        params: one for all, or one for each. More prompts than the queue holds are queued as places
+        become free.
+
+        Raises:
+            ValueError: as in `add`, or the numbers of prompts and params differ; nothing has run.
+        """
+        gatherings = [Gathering(ids, p) for ids, p in self.admission.pair(prompts, params)]
+        waiting = deque(gatherings)
+        while not all(gathering.is_done for gathering in gatherings):
+            try:
+                while waiting:
+                    first = waiting[0]
+                    self.add(first.prompt_token_ids, first.params, listener=first.pieces.append)
+                    waiting.popleft()
+            except QueueFull:
+                pass  # the step makes room
+            self.step()
+        return [gathering.output() for gathering in gatherings]
+
+    async def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+    ) -> AsyncIterator[Piece]:
+        """Pieces of a completion as they come; leaving the loop early cancels the request.
+
+        Any number of streams share the steps, which run in a thread of the engine's own.
+
+        Raises:
+            ValueError, QueueFull: as in `add`.
+        """
+        loop, news = asyncio.get_running_loop(), asyncio.Queue[Piece]()
+
+        def listener(piece: Piece) -> None:
+            loop.call_soon_threadsafe(news.put_nowait, piece)
+
+        request_id = self.add(prompt, params, request_id=request_id, listener=listener)
+        left = (params or SamplingParams()).n
+        try:
+            while left:
+                if self._driver is None or self._driver.done():
+                    self._driver = loop.create_task(self._drive(loop))
+                piece = await self._next_piece(news)
+                left -= piece.finish_reason is not None
+                yield piece
+        finally:
+            if left:
+                self.cancel(request_id)
+
+    def close(self) -> None:
+        """Cancel everything and give back threads and files; the engine is not usable after it."""
+        for request_id in list(self._requests):
+            self.cancel(request_id)
+        self._worker.shutdown(wait=True)
+        if self.store is not None:
+            self.store.close()
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    async def _drive(self, loop: asyncio.AbstractEventLoop) -> None:
+        while self.has_work:
+            await loop.run_in_executor(self._worker, self.step)
+
+    async def _next_piece(self, news: "asyncio.Queue[Piece]") -> Piece:
+        """The next piece, or the driver's error if it has died of one."""
+        waiting = asyncio.ensure_future(news.get())
+        assert self._driver is not None
+        try:
+            await asyncio.wait({waiting, self._driver}, return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done():
+                self._driver.result()  # raises what ended it
+            return await waiting
+        finally:
+            waiting.cancel()
+
+    def _deliver(self, touched: Sequence[Request]) -> list[Piece]:
+        """Pieces of these requests, to their listeners too; forgets the ones that have ended."""
+        pieces = []
+        for request in dict.fromkeys(touched):
+            piece = self.progress.piece(request)
+            if piece is None:
+                continue
+            if request.finish_reason is not None:
+                piece = replace(piece, telemetry=record(request, self._price))
+                self._forget(request)
+            pieces.append(piece)
+            listener = self._listeners.get(request.request_id)
+            if listener is not None:
+                listener(piece)
+            if request.request_id not in self._requests:
+                self._listeners.pop(request.request_id, None)
+        return pieces
+
+    def _forget(self, request: Request) -> None:
+        siblings = self._requests[request.request_id]
+        siblings.remove(request)
+        if not siblings:
+            del self._requests[request.request_id]
+        self.admission.remember(request)
+
+    def _make_cache(self) -> tuple[PageAllocator, LatentCache]:
+        config, model = self.config, self.model.config
+        dtype, device = self.model.dtype, self.model.device
+        page_bytes = bytes_per_position(model, dtype) * config.page_size
+        ever_needed = config.max_num_seqs * -(-model.max_position_embeddings // config.page_size)
+        num_pages = min(config.cache_bytes // page_bytes, ever_needed)
+        if num_pages < 1:
+            raise ValueError(
+                f"cache_bytes: {config.cache_bytes} must be at least one page, {page_bytes}"
+            )
+        cache = LatentCache(model, num_pages, config.page_size, dtype, device)
+        return PageAllocator(num_pages, config.page_size), cache

@@ -1,0 +1,200 @@
+"""One flattened pass through the decoder: T positions of many requests, each at its own tier.
+
+No padding and no batch axis. Positions are ordered so that those a layer runs are one slice:
+
+    probes | decode rows, chunks | resumed after the trunk | resumed after the probe layers
+
+Probes leave after `probe_layer`, the resumed enter with states kept from their probe. Decode rows
+(and short verifications) read the cache in the absorbed form, whatever its length; chunks of a
+prompt expand it to keys and values per head, which is cheaper for many positions.
+
+Letters: T positions, D hidden, H heads, X query width, V value width, C latent, W cache row,
+L visible positions, R rows with logits, S sequences, M pages of one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dvpa import ops
+from dvpa.engine.cache import LatentCache
+from dvpa.engine.layers import Mlp, Norm, Projections
+from dvpa.model.causal_lm import DvpaForCausalLM
+from dvpa.model.decoder import DvpaDecoderLayer
+from dvpa.model.experts import DvpaMoE
+from dvpa.model.router import Routing, TierPlan
+
+# Routed experts that are not in the module: (layer, hidden, topk_index, topk_weight) -> [T, D].
+ExpertsOfLayer = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows `first` .. `last` - 1 of the step: positions `start` and following of one sequence."""
+
+    first: int
+    last: int
+    start: int
+    pages: Tensor
+
+    @property
+    def end(self) -> int:
+        """The position after the last one."""
+        return self.start + self.last - self.first
+
+
+@dataclass(frozen=True)
+class Step:
+    """The positions of one pass, in the order above; integer tensors of length T.
+
+    `slots` are their places in the cache. `bounds` are the row numbers where the four kinds end.
+    Rows `decode` use the absorbed form: row r belongs to sequence `decode_sequence[r]` of
+    `page_table` [S, M] and sees `decode_length[r]` positions.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    tiers: Tensor
+    max_tier: int
+    slots: Tensor
+    bounds: tuple[int, int, int, int]
+    decode: slice
+    decode_sequence: Tensor
+    decode_length: Tensor
+    page_table: Tensor
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True)
+class Passed:
+    """States after the last layer of each row (before the final norm), and the probes' on the way.
+
+    `trunk` and `probe` [probes, D]; `probe_states` is the whole step's after the probe layers.
+    """
+
+    hidden: Tensor
+    trunk: Tensor
+    probe_states: Tensor
+
+
+class _Layer:
+    """One decoder layer's parts."""
+
+    def __init__(self, layer: DvpaDecoderLayer) -> None:
+        mlp = layer.mlp
+        self.attention_norm = Norm(layer.input_layernorm)
+        self.attention = Projections(layer.self_attn)
+        self.mlp_norm = Norm(layer.post_attention_layernorm)
+        self.moe = mlp if isinstance(mlp, DvpaMoE) else None
+        always_on = mlp.shared_experts if isinstance(mlp, DvpaMoE) else mlp
+        self.mlp = None if always_on is None else Mlp(always_on)
+
+
+class Decoder:
+    """The layers of a `DvpaForCausalLM` over a paged cache; weights are shared with the model."""
+
+    def __init__(
+        self, model: DvpaForCausalLM, cache: LatentCache, experts: ExpertsOfLayer | None = None
+    ) -> None:
+        config = model.config
+        self.cache = cache
+        self.first_moe = config.first_k_dense_replace
+        difficulty = config.difficulty
+        self.probe_layer = self.first_moe if difficulty is None else difficulty.probe_layer
+        self._layers = [_Layer(cast("DvpaDecoderLayer", layer)) for layer in model.model.layers]
+        self._embedding = model.model.embed_tokens.weight.detach()
+        self._rotary = model.model.rotary_emb
+        self._norm = Norm(model.model.norm)
+        self._head = model.lm_head.weight.detach()
+        self._experts = experts
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """States before the first layer, [T, D]."""
+        return self._embedding[token_ids]
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """Final norm and language-model head, [R, vocab]."""
+        return ops.linear(self._norm(hidden_RD), self._head)
+
+    def __call__(self, step: Step, hidden_TD: Tensor) -> Passed:
+        """Run the step on `hidden_TD`, embeddings and kept states; overwrites it."""
+        cos, sin = self._rotary(hidden_TD, step.positions[None])
+        probes, fresh, after_trunk, end = step.bounds
+        trunk = probe_states = hidden_TD
+        for index, layer in enumerate(self._layers):
+            if index == self.first_moe:
+                trunk = hidden_TD[:probes].clone()
+            if index == self.probe_layer:
+                probe_states = hidden_TD.clone()
+            first = 0 if index < self.probe_layer else probes
+            last = end if index >= self.probe_layer else after_trunk
+            rows = slice(first, last if index >= self.first_moe else fresh)
+            if rows.start == rows.stop:
+                continue
+            hidden = hidden_TD[rows]
+            normed = layer.attention_norm(hidden)
+            hidden = hidden + self._attend(index, normed, cos[0, rows], sin[0, rows], step, rows)
+            normed = layer.mlp_norm(hidden)
+            if layer.mlp is not None:
+                hidden = hidden + layer.mlp(normed)
+            if layer.moe is not None:
+                plan = TierPlan(step.tiers[rows], step.max_tier)
+                hidden = hidden + self._routed(index, layer.moe, normed, plan)
+            hidden_TD[rows] = hidden
+        return Passed(hidden_TD, trunk, probe_states)
+
+    def _routed(self, index: int, moe: DvpaMoE, hidden_TD: Tensor, plan: TierPlan) -> Tensor:
+        routing: Routing = moe.gate(hidden_TD, plan)
+        if self._experts is not None:
+            return self._experts(index, hidden_TD, routing.topk_index, routing.topk_weight)
+        out: Tensor = moe.experts(hidden_TD, routing)
+        return out
+
+    def _attend(
+        self, index: int, hidden_TD: Tensor, cos: Tensor, sin: Tensor, step: Step, rows: slice
+    ) -> Tensor:
+        """Attention of rows `rows` of the step over the cache, which they enter first."""
+        attention, cache = self._layers[index].attention, self.cache.layers[index]
+        query_THX, rows_TW = attention.enter(hidden_TD, cos, sin)
+        self.cache.write(index, step.slots[rows], rows_TW)
+
+        mixed_THV = hidden_TD.new_empty(len(hidden_TD), attention.heads, attention.value)
+        if rows.start <= step.decode.start < min(step.decode.stop, rows.stop):
+            here = slice(step.decode.start - rows.start, step.decode.stop - rows.start)
+            mixed_THC = ops.latent_attention(
+                attention.absorb(query_THX[here]),
+                cache,
+                step.page_table,
+                step.decode_sequence,
+                step.decode_length,
+                attention.latent,
+                attention.scaling,
+            )
+            mixed_THV[here] = attention.values(mixed_THC)
+        for chunk in step.chunks:
+            if rows.start <= chunk.first < rows.stop:
+                here = slice(chunk.first - rows.start, chunk.last - rows.start)
+                key, value = attention.expand(self.cache.read(index, chunk.pages, chunk.end))
+                mixed_THV[here] = _causal(query_THX[here], key, value, attention.scaling)
+        return attention.leave(mixed_THV)
+
+
+def _causal(query_THX: Tensor, key_LHX: Tensor, value_LHV: Tensor, scaling: float) -> Tensor:
+    """Attention of the last T of L positions, [T, H, V]."""
+    visible = None
+    if len(query_THX) < len(key_LHX):
+        position = torch.arange(len(key_LHX), device=key_LHX.device)
+        visible = position <= position[-len(query_THX) :, None]
+    mixed_HTV = F.scaled_dot_product_attention(
+        query_THX.transpose(0, 1),
+        key_LHX.transpose(0, 1),
+        value_LHV.transpose(0, 1),
+        attn_mask=visible,
+        is_causal=visible is None,
+        scale=scaling,
+    )
+    return mixed_HTV.transpose(0, 1)
