@@ -156,6 +156,24 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("checkpoint", metavar="CKPT", type=Path, help="a dvpa checkpoint")
     export.add_argument("--tier", required=True, help="a tier's name or index")
     export.add_argument("out", metavar="OUT", type=Path, help="a new folder")
+
+    bench = add(
+        "bench",
+        run.bench,
+        "measure the engine on a checkpoint: tokens per second by tier and concurrency",
+        "engine runs/demo/checkpoint --mix 0.7,0.2,0.05,0.05",
+    )
+    bench.add_argument("what", choices=["engine"], help="what to measure")
+    bench.add_argument("checkpoint", metavar="CKPT", type=Path, help="a dvpa checkpoint")
+    bench.add_argument("--concurrency", type=_positive, nargs="+", default=[1, 8, 32])
+    bench.add_argument("--input", type=_positive, default=32, help="prompt tokens (default: 32)")
+    bench.add_argument("--output", type=_positive, default=32, help="new tokens (default: 32)")
+    bench.add_argument(
+        "--mix", type=_shares, default=[], help="shares of the tiers, base first, for mixed traffic"
+    )
+    bench.add_argument("--dtype", default="auto", help="bfloat16, float16, float32 (as stored)")
+    bench.add_argument("--threads", type=_positive, help="default: PyTorch's")
+    _add_json(bench)
     return parser
 
 
@@ -174,6 +192,13 @@ def _natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 0 or more")
     return int(text)
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be numbers with commas between") from None
 
 
 def _positive(text: str) -> int:

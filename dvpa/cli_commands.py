@@ -8,7 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dvpa.cli_output import console, show_plan, show_record, write_json
+from dvpa.cli_output import (
+    console,
+    show_bench,
+    show_plan,
+    show_progress,
+    show_record,
+    write_json,
+)
 
 
 def demo(arguments: argparse.Namespace) -> None:
@@ -106,6 +113,36 @@ def export(arguments: argparse.Namespace) -> None:
 
         export_tier(arguments.checkpoint, arguments.tier, arguments.out)
     console().print(f"deepseek_v3 checkpoint of tier {arguments.tier}: {arguments.out}")
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    """Measure the engine on a checkpoint."""
+    _require_checkpoint(arguments.checkpoint)
+    with _quiet_transformers(), _reading(arguments.checkpoint):
+        import torch
+
+        from dvpa.engine.bench import bench_engine
+        from dvpa.engine.engine import Engine
+
+        if arguments.threads is not None:
+            torch.set_num_threads(arguments.threads)
+        engine = Engine(
+            arguments.checkpoint,
+            dtype=arguments.dtype,
+            max_num_seqs=max(arguments.concurrency),
+            max_num_batched_tokens=max(512, *arguments.concurrency),
+            prefix_caching=False,
+        )
+    sizes = (arguments.concurrency, arguments.input, arguments.output, arguments.mix)
+    rows = list(show_progress(bench_engine(engine, *sizes), "measuring"))
+    report = {
+        "threads": torch.get_num_threads(),
+        "input": arguments.input,
+        "output": arguments.output,
+        "rows": [row.to_dict() for row in rows],
+    }
+    if not write_json(arguments.json, report):
+        show_bench(arguments.checkpoint.name, rows)
 
 
 def _load(checkpoint: Path, text: str) -> tuple[Any, Any]:

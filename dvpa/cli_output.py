@@ -2,14 +2,17 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from dvpa.engine.bench import BenchRow
     from dvpa.pricing import ModelPrice
+
+T = TypeVar("T")
 
 
 def console() -> "Console":
@@ -65,6 +68,51 @@ def show_plan(name: str, tiers: Sequence[Any], priced: "ModelPrice") -> None:
     console().print(table)
 
 
+def show_bench(name: str, rows: Sequence["BenchRow"]) -> None:
+    """Print the table of `dvpa bench engine`; ratios are against the top tier's row."""
+    from rich.table import Table
+
+    table = Table(title=f"{name}: output tokens per second", title_justify="left")
+    table.add_column("at a time", justify="right")
+    table.add_column("traffic")
+    for heading in ("tok/s", "tok/CPU-s", "of top", "activated", "of top"):
+        table.add_column(heading, justify="right")
+    top_name = [row.traffic for row in rows if row.traffic != "mixed"][-1]
+    top = {row.concurrency: row for row in rows if row.traffic == top_name}
+    for row in rows:
+        beside = top[row.concurrency]
+        table.add_row(
+            str(row.concurrency),
+            row.traffic,
+            f"{row.tokens_per_s:.1f}",
+            f"{row.tokens_per_cpu_s:.1f}",
+            f"{row.tokens_per_s / beside.tokens_per_s:.2f}",
+            _params(row.activated_params),
+            f"{row.activated_params / beside.activated_params:.2f}",
+        )
+    console().print(table)
+
+
+def show_progress(items: Iterable[T], text: str) -> Iterator[T]:
+    """Pass items on, with a spinner and their number on stderr where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description} {task.completed}"))
+    stderr = Console(stderr=True)
+    with Progress(
+        *columns,
+        TimeElapsedColumn(),
+        console=stderr,
+        transient=True,
+        disable=not stderr.is_terminal,
+    ) as bar:
+        task = bar.add_task(text, total=None)
+        for item in items:
+            bar.advance(task)
+            yield item
+
+
 def show_record(title: str, record: Mapping[str, Any]) -> None:
     """Print one record, a field per row."""
     from rich.table import Table
@@ -83,7 +131,7 @@ def _cell(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def _params(number: int) -> str:
+def _params(number: float) -> str:
     """A number of parameters, whose unit above the million is B by custom."""
     return _count(number).replace("G", "B")
 

@@ -16,7 +16,7 @@ from dvpa.cli import main
 from dvpa.tasks.tokenizer import train_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-COMMANDS = ("demo", "plan", "init", "train", "score", "generate", "export")
+COMMANDS = ("demo", "plan", "init", "train", "score", "generate", "export", "bench")
 EXPERT = "model.layers.1.mlp.experts.3.down_proj.weight"
 
 
@@ -189,6 +189,39 @@ def test_export_writes_deepseek_v3(checkpoint: Path, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == "deepseek_v3"
     assert config["n_routed_experts"] == 4
+
+
+def test_bench_engine(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
+    sizes = ["--concurrency", "1", "3", "--input", "5", "--output", "4"]
+    argv = ["bench", "engine", str(checkpoint), *sizes, "--mix", "0.5,0.25,0.25"]
+    assert main([*argv, "--json", "-"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    traffic = ["base", "middle", "top", "mixed"]
+    assert [(row["concurrency"], row["traffic"]) for row in rows] == [
+        (count, name) for count in (1, 3) for name in traffic
+    ]
+    assert all(row["tokens_per_s"] > 0 for row in rows)
+    base, middle, top, mixed = (row["activated_params"] for row in rows[4:])
+    assert base < middle < top
+    assert mixed == pytest.approx((base + middle + top) / 3)
+    assert main(argv) == 0
+    assert "mixed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--mix", "0.5,0.5"], "mix"),
+        (["--mix", "0.5,0.25,0.5"], "mix"),
+        (["--mix", "half"], "--mix"),
+        (["--input", "9999"], "context"),
+        (["--dtype", "int8"], "dtype"),
+    ],
+)
+def test_bench_engine_bad_input(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, options: list[str], named: str
+) -> None:
+    assert named in fails(capsys, "bench", "engine", checkpoint, *options)
 
 
 def test_prompt_longer_than_the_context(

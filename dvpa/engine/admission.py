@@ -167,6 +167,12 @@ class Admission:
         while len(self._sessions) > MAX_SESSIONS:
             self._sessions.popitem(last=False)
 
+    def may_degrade(self, params: SamplingParams, tier: int) -> bool:
+        """Whether a request may go on at this tier when its own cannot be had."""
+        names = self._tier_names
+        lowest = 0 if params.min_tier is None else tier_index(params.min_tier, names)
+        return self._config.allow_degradation and params.allow_degradation and tier >= lowest
+
     def highest(self, params: SamplingParams) -> int:
         """The highest tier the client allows."""
         names = self._tier_names

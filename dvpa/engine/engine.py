@@ -8,12 +8,14 @@ any thread at any time.
 """
 
 import asyncio
+import logging
 import threading
 import time
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,13 @@ from transformers import PreTrainedTokenizerBase
 from dvpa.engine.admission import Admission, Prompt
 from dvpa.engine.cache import LatentCache, bytes_per_position
 from dvpa.engine.config import EngineConfig
+from dvpa.engine.group_cache import GroupUnavailable
 from dvpa.engine.loading import load_model
 from dvpa.engine.outputs import Gathering, Piece, RequestOutput
 from dvpa.engine.pages import PageAllocator
 from dvpa.engine.progress import Progress
-from dvpa.engine.request import Request
-from dvpa.engine.runner import Runner
+from dvpa.engine.request import Request, Segment
+from dvpa.engine.runner import Runner, StepResult
 from dvpa.engine.sampler import Sampler
 from dvpa.engine.sampling_params import SamplingParams
 from dvpa.engine.scheduler import QueueFull, Scheduler
@@ -38,6 +41,7 @@ from dvpa.model.causal_lm import DvpaForCausalLM
 from dvpa.pricing import price
 from dvpa.tiers.policy import Policy
 
+logger = logging.getLogger(__name__)
 Listener = Callable[[Piece], None]
 
 
@@ -110,6 +114,7 @@ class Engine:
         self._requests: dict[str, list[Request]] = {}  # the n completions of each prompt
         self._listeners: dict[str, Listener] = {}
         self._in_flight: set[Request] = set()
+        self._is_closed = False
         self._books = threading.RLock()  # scheduler, requests, listeners; never held for a pass
         self._one_step = threading.Lock()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="dvpa-engine")
@@ -133,10 +138,13 @@ class Engine:
             ValueError: an empty prompt or one that does not fit, an unknown token or tier, a
                 request_id in use.
             QueueFull: the waiting queue is at its bound.
+            RuntimeError: the engine is closed.
         """
         request_id = request_id or uuid.uuid4().hex
         [(token_ids, params)] = self.admission.pair([prompt], params)
         with self._books:
+            if self._is_closed:
+                raise RuntimeError("the engine is closed")
             if request_id in self._requests:
                 raise ValueError(f"request_id: {request_id!r} is in use")
             self.scheduler.check_room(params.n)
@@ -160,7 +168,7 @@ class Engine:
         Returns False for one that has ended or never was.
         """
         with self._books:
-            requests = self._requests.get(request_id, [])
+            requests = list(self._requests.get(request_id, ()))
             for request in requests:
                 if request.finish_reason is not None:
                     continue
@@ -190,18 +198,23 @@ class Engine:
                 for segment in segments:
                     if segment.request.admitted is None:
                         segment.request.admitted = now
-                self._in_flight = {segment.request for segment in segments}
+                in_step = [segment.request for segment in segments]
+                self._in_flight = set(in_step)
+            outcome: StepResult | Exception | None = None
             try:
-                result = self.runner.run(segments) if segments else None
-            finally:
+                if segments:
+                    outcome = self.runner.run(segments)
+            except Exception as error:
+                outcome = error
+            except BaseException:
                 with self._books:
-                    touched = [*late, *self._in_flight]
                     self._in_flight = set()
+                raise
             with self._books:
+                self._in_flight = set()
                 self.num_steps += 1
-                if result is not None:
-                    self.progress.apply(segments, result)
-                return self._deliver(touched)
+                self._conclude(segments, outcome)
+                return self._deliver([*late, *in_step])
 
     def generate(
         self,
@@ -217,16 +230,22 @@ class Engine:
             ValueError: as in `add`, or the numbers of prompts and params differ; nothing has run.
         """
         gatherings = [Gathering(ids, p) for ids, p in self.admission.pair(prompts, params)]
-        waiting = deque(gatherings)
-        while not all(gathering.is_done for gathering in gatherings):
-            try:
-                while waiting:
-                    first = waiting[0]
-                    self.add(first.prompt_token_ids, first.params, listener=first.pieces.append)
-                    waiting.popleft()
-            except QueueFull:
-                pass  # the step makes room
-            self.step()
+        waiting, added = deque(gatherings), list[str]()
+        try:
+            while not all(gathering.is_done for gathering in gatherings):
+                with suppress(QueueFull):  # the step makes room
+                    while waiting:
+                        first = waiting[0]
+                        listener = first.pieces.append
+                        added.append(
+                            self.add(first.prompt_token_ids, first.params, listener=listener)
+                        )
+                        waiting.popleft()
+                self.step()
+        except BaseException:
+            for request_id in added:
+                self.cancel(request_id)
+            raise
         return [gathering.output() for gathering in gatherings]
 
     async def stream(
@@ -263,13 +282,36 @@ class Engine:
 
     def close(self) -> None:
         """Cancel everything and give back threads and files; the engine is not usable after it."""
-        for request_id in list(self._requests):
-            self.cancel(request_id)
+        with self._books:
+            self._is_closed = True
+            for request_id in list(self._requests):
+                self.cancel(request_id)
         self._worker.shutdown(wait=True)
-        if self.store is not None:
-            self.store.close()
+        with self._one_step:
+            if self.store is not None:
+                self.store.close()
 
     # -- inside -----------------------------------------------------------------------------------
+
+    def _conclude(
+        self, segments: Sequence[Segment], outcome: StepResult | Exception | None
+    ) -> None:
+        """Take in a step. Whatever goes wrong ends the requests in it, and nothing else."""
+        try:
+            if isinstance(outcome, GroupUnavailable):
+                tiers = enumerate(self.model.config.tiers)
+                self.progress.degrade(
+                    segments,
+                    max(tier for tier, has in tiers if has.num_groups <= outcome.group),
+                    f"layer {outcome.layer}, expert group {outcome.group} cannot be read",
+                    self.admission.may_degrade,
+                )
+            elif isinstance(outcome, Exception):
+                self.progress.abandon(segments, outcome)
+            elif outcome is not None:
+                self.progress.apply(segments, outcome)
+        except Exception as error:
+            self.progress.abandon(segments, error)
 
     async def _drive(self, loop: asyncio.AbstractEventLoop) -> None:
         while self.has_work:
@@ -298,12 +340,22 @@ class Engine:
                 piece = replace(piece, telemetry=record(request, self._price))
                 self._forget(request)
             pieces.append(piece)
-            listener = self._listeners.get(request.request_id)
-            if listener is not None:
-                listener(piece)
+            self._tell(piece)
             if request.request_id not in self._requests:
                 self._listeners.pop(request.request_id, None)
         return pieces
+
+    def _tell(self, piece: Piece) -> None:
+        """Call the listener; one that fails is not called again, and its request is given up."""
+        listener = self._listeners.get(piece.request_id)
+        try:
+            if listener is not None:
+                listener(piece)
+        except Exception:
+            logger.exception("listener of request %s", piece.request_id)
+            del self._listeners[piece.request_id]
+            for request in self._requests.get(piece.request_id, ()):
+                request.cancel_wanted = True
 
     def _forget(self, request: Request) -> None:
         siblings = self._requests[request.request_id]

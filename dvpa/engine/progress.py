@@ -17,6 +17,7 @@ from dvpa.engine.outputs import Piece, TokenLogprob
 from dvpa.engine.request import Part, Request, Segment
 from dvpa.engine.runner import Runner, StepResult
 from dvpa.engine.sampler import Sampled, Sampler, SampleRow, logprobs
+from dvpa.engine.sampling_params import SamplingParams
 from dvpa.engine.scheduler import Scheduler
 from dvpa.engine.speculation import draft_token, verify
 from dvpa.pricing import ModelPrice
@@ -61,6 +62,7 @@ class Progress:
         self.live: dict[Request, Live] = {}
         self.num_failed = 0
         self.num_escalations = 0
+        self.num_degraded = 0  # requests for which an expert group could not be read
         self.num_drafted = self.num_accepted = 0
         self._scheduler = scheduler
         self._runner = runner
@@ -86,25 +88,25 @@ class Progress:
             self._charge(segment)
             if request.cancel_wanted:
                 self.end(request, "cancelled")
-            elif i in result.failed:
+                continue
+            if i in result.failed:
                 self._fail(request, max(segment.tiers))
-            elif request.scores and request.decision is None:
+                continue
+            rows = result.rows.get(i, slice(0, 0))
+            logits = result.logits[rows]
+            if request.params.prompt_logprobs is not None:
+                self._take_prompt_logprobs(segment, logits)
+            if request.scores and request.decision is None:
                 if self._take_score(segment, result.difficulties.get(i)):
-                    plain.append((segment, result.rows[i].stop - 1))
-            elif segment.is_draft:
-                self._take_draft(segment, result.logits[result.rows[i]][0])
-            elif i in result.rows:
-                rows = result.rows[i]
-                if request.params.prompt_logprobs is not None:
-                    self._take_prompt_logprobs(segment, result.logits[rows])
-                if segment.end < request.num_tokens:
-                    self._scheduler.commit(segment)
-                elif request.draft_token_ids:
-                    self._take_verified(segment, result.logits[rows])
-                else:
                     plain.append((segment, rows.stop - 1))
-            else:
+            elif segment.is_draft:
+                self._take_draft(segment, logits[0])
+            elif segment.end < request.num_tokens:
                 self._scheduler.commit(segment)
+            elif request.draft_token_ids:
+                self._take_verified(segment, logits)
+            else:
+                plain.append((segment, rows.stop - 1))
         self._take_tokens(plain, result)
         for segment in segments:
             request = segment.request
@@ -128,6 +130,38 @@ class Progress:
         self.num_failed += 1
         self.end(request, "error", NOT_FINITE.format(tier=tier))
 
+    def abandon(self, segments: Sequence[Segment], error: Exception) -> None:
+        """The step came to nothing: its requests end, the engine goes on."""
+        logger.error("step abandoned", exc_info=error)
+        for segment in segments:
+            if segment.request.finish_reason is None:
+                self.num_failed += 1
+                self.end(segment.request, "error", f"internal error: {type(error).__name__}")
+
+    def degrade(
+        self,
+        segments: Sequence[Segment],
+        tier: int,
+        reason: str,
+        may_degrade: Callable[[SamplingParams, int], bool],
+    ) -> None:
+        """No tier above this one can be had: the step's requests go on at it, or end.
+
+        Nothing of the step counts; it is scheduled again.
+        """
+        for segment in segments:
+            request, wanted = segment.request, max(segment.tiers)
+            if wanted <= tier:
+                continue
+            if not may_degrade(request.params, tier):
+                self.num_failed += 1
+                self.end(request, "error", f"tier {self._price.tiers[wanted].name}: {reason}")
+                continue
+            self.num_degraded += not request.is_degraded
+            request.is_degraded = True
+            request.lower(tier)
+            self.live[request].proposals.clear()
+
     def lost_pages(self, request: Request) -> None:
         """The request was preempted: what was kept for it is void."""
         self._runner.forget(request)
@@ -135,7 +169,9 @@ class Progress:
 
     def piece(self, request: Request) -> Piece | None:
         """The news of a request since the last call; None without any. Its last piece ends it."""
-        live = self.live[request]
+        live = self.live.get(request)
+        if live is None:  # a listener has cancelled it
+            return None
         if not live.token_ids and not live.text and request.finish_reason is None:
             return None
         prompt_logprobs = None
@@ -181,15 +217,17 @@ class Progress:
         request.flops += self._price.head_flops_per_request
         request.scored = self._clock()
         decision = request.decision = self._decide(request, difficulty)
-        if segment.part is Part.PROBE:
-            self._scheduler.commit(segment)
-            if not self._scheduler.settle(request, decision.tier):
-                self.lost_pages(request)
-            return False
-        self._runner.forget(request)
-        if decision.tier == 0:
-            return True
-        self._redo_last(segment, decision.tier)
+        if segment.part is Part.WHOLE:
+            self._runner.forget(request)
+            if decision.tier == 0:
+                return True
+            # Without a usable score the tier that answers reads the prompt, too (`model.answer`).
+            if decision.decided_by != "fallback":
+                self._redo_last(segment, decision.tier)
+                return False
+        self._scheduler.commit(segment)
+        if not self._scheduler.settle(request, decision.tier):
+            self.lost_pages(request)
         return False
 
     def _take_tokens(self, plain: Sequence[tuple[Segment, int]], result: StepResult) -> None:
@@ -295,6 +333,8 @@ class Progress:
         num_top = request.params.prompt_logprobs
         assert num_top is not None
         token_ids = request.prompt_token_ids[segment.start + 1 : segment.end + 1]
+        if not token_ids or not segment.num_logits:
+            return
         found = logprobs(logits[: len(token_ids)], token_ids, num_top)
         for i, (token_id, (logprob, top)) in enumerate(zip(token_ids, found, strict=True)):
             position = segment.start + 1 + i

@@ -108,7 +108,7 @@ class Request:
     tier_tokens: list[int] = field(default_factory=list)  # tokens decoded at each tier
     flops: float = 0.0
     is_running: bool = False
-    is_degraded: bool = False
+    is_degraded: bool = False  # an expert group that its tier needs cannot be read
     cancel_wanted: bool = False
     page_keys: list[bytes] = field(default_factory=list)
 
@@ -153,6 +153,14 @@ class Request:
             del self.position_tiers[position:]
             del self.page_keys[position // self.page_size :]
             self.tier = tier
+
+    def lower(self, tier: int) -> None:
+        """Compute what is not computed yet at this tier at most."""
+        start = self.num_computed
+        self.position_tiers[start:] = [min(t, tier) for t in self.position_tiers[start:]]
+        del self.page_keys[start // self.page_size :]
+        self.draft_token_ids.clear()
+        self.tier = min(self.tier, tier)
 
     def keys(self, num_pages: int) -> list[bytes]:
         """Prefix-cache keys of the first pages: a hash of all tokens and tiers up to each's end."""

@@ -131,7 +131,7 @@ class Scheduler:
             if not request.is_running or budget == 0:
                 continue
             segment = self._next_segment(request, budget)
-            if self._reserve(request, segment.end, chosen, preempted):
+            if segment is not None and self._reserve(request, segment.end, chosen, preempted):
                 chosen[request] = segment
                 budget = self.max_num_batched_tokens - sum(s.length for s in chosen.values())
         while budget > 0 and not preempted and len(self.running) < self.max_num_seqs:
@@ -139,6 +139,7 @@ class Scheduler:
             if admitted is None:
                 break
             segment = self._next_segment(admitted, budget)
+            assert segment is not None, "nothing is drafted yet"
             self._grow(admitted, segment.end)
             chosen[admitted] = segment
             budget -= segment.length
@@ -164,10 +165,12 @@ class Scheduler:
         """The scored request goes on at `tier`, over what its probe left; False: preempted for it.
 
         The probe of a request that stays at the base tier is kept as it is. Otherwise shared pages,
-        which hold base-tier rows, make room for pages of its own or known ones of its tier.
+        which hold base-tier rows, make room for pages of its own or known ones of its tier. A
+        prompt that the base tier has read to its end is read again.
         """
         shared, prompt = request.num_computed, len(request.prompt_token_ids)
-        request.kept_from, request.kept_to = shared, prompt
+        if shared < prompt:
+            request.kept_from, request.kept_to = shared, prompt
         if tier == 0:
             return True
         request.rewind(0, tier)
@@ -184,7 +187,7 @@ class Scheduler:
         self._take_known(request, len(matched))
         return True
 
-    def _next_segment(self, request: Request, budget: int) -> Segment:
+    def _next_segment(self, request: Request, budget: int) -> Segment | None:
         prompt = len(request.prompt_token_ids)
         if request.stage is Stage.SCORING:
             probing = not self.read_at_base
@@ -196,9 +199,11 @@ class Scheduler:
                 request.tokens(start, end),
                 [0] * (end - start),
                 Part.PROBE if probing else Part.WHOLE,
-                num_logits=0 if probing else int(end == prompt),
+                num_logits=0 if probing else _num_logits(request, start, end),
             )
-        start, end = request.num_computed, min(request.num_tokens, request.num_computed + budget)
+        # What a lower tier drafts for is never sampled from plainly, whatever was preempted.
+        last = request.num_tokens - (request.speculates and request.stage is Stage.READING)
+        start, end = request.num_computed, min(last, request.num_computed + budget)
         part = Part.WHOLE
         if start < request.kept_from < request.kept_to:
             end = min(end, request.kept_from)
@@ -207,29 +212,31 @@ class Scheduler:
             part = Part.AFTER_PROBE if request.tier == 0 else Part.AFTER_TRUNK
         elif request.speculates and request.stage is Stage.DECODING:
             return self._speculation(request, budget)
-        num_logits = int(end == request.num_tokens)
-        if request.params.prompt_logprobs is not None and start < prompt:
-            num_logits = end - start
         return Segment(
             request,
             start,
             request.tokens(start, end),
             request.tiers(start, end),
             part,
-            num_logits,
+            _num_logits(request, start, end),
         )
 
-    def _speculation(self, request: Request, budget: int) -> Segment:
-        """One more draft token at the draft tier, or the verification of all at the request's."""
+    def _speculation(self, request: Request, budget: int) -> Segment | None:
+        """One more draft token at the draft tier, or the verification of all at the request's.
+
+        How many are drafted depends on the request alone: a seeded output must not depend on load.
+        So where the budget is too small to verify them all, it waits (None).
+        """
         start, draft = request.num_computed, request.draft_token_ids
         last = request.tokens(start, start + 1)
         # The verification itself gives one token more.
-        wanted = min(request.num_draft, request.max_total_tokens - request.num_tokens - 1)
-        if len(draft) < min(wanted, budget - 1):
+        room = min(request.max_total_tokens - request.num_tokens, self.max_num_batched_tokens)
+        if len(draft) < min(request.num_draft, room - 1):
             at = start + len(draft)
             token = [*last, *draft][-1:]
             return Segment(request, at, token, [request.draft_tier], num_logits=1, is_draft=True)
-        del draft[budget - 1 :]
+        if len(draft) >= budget:
+            return None
         tiers = [request.tier] * (len(draft) + 1)
         return Segment(request, start, [*last, *draft], tiers, num_logits=len(tiers))
 
@@ -321,3 +328,10 @@ class Scheduler:
         session = request.params.session_id
         if not self._sessions.get(session, True):
             del self._sessions[session]
+
+
+def _num_logits(request: Request, start: int, end: int) -> int:
+    """All of the segment's where the prompt's log-probabilities are wanted, else its last one's."""
+    if request.params.prompt_logprobs is not None and start < len(request.prompt_token_ids):
+        return end - start
+    return int(end == request.num_tokens)

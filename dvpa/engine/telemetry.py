@@ -11,6 +11,7 @@ def record(request: Request, price: ModelPrice) -> TelemetryRecord:
     decision, tier = request.decision, request.tier
     end = request.finished
     admitted = end if request.admitted is None else request.admitted
+    first_token = end if request.first_token is None else request.first_token
     decided_by = "fallback" if decision is None else decision.decided_by
     if request.num_escalations:
         decided_by = "escalation"
@@ -32,6 +33,6 @@ def record(request: Request, price: ModelPrice) -> TelemetryRecord:
         escalations=request.num_escalations,
         queue_ms=1000 * (admitted - request.arrival),
         score_ms=0.0 if request.scored is None else 1000 * (request.scored - admitted),
-        ttft_ms=1000 * ((request.first_token or end) - request.arrival),
+        ttft_ms=1000 * (first_token - request.arrival),
         total_ms=1000 * (end - request.arrival),
     )
