@@ -183,7 +183,7 @@ def soak(engine: Engine, rate: float, seconds: float, ledger: Ledger) -> dict[st
             if not engine.step():
                 time.sleep(0.0002)
             steps += 1
-            longest_queue = max(longest_queue, engine.scheduler.num_waiting)
+            longest_queue = max(longest_queue, engine.num_waiting)
             if passed > len(memory) * SAMPLE_SECONDS:
                 memory.append((passed, resident_mib()))
     finally:

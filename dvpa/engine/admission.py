@@ -30,6 +30,7 @@ class Admission:
         model_config: vocabulary, context, tiers, whether there is a difficulty head.
         num_positions: what the latent cache holds.
         load: share of the waiting queue in use, 0 .. 1.
+        prefetch: told of every tier that is decided, before its first token runs.
     """
 
     def __init__(
@@ -40,12 +41,14 @@ class Admission:
         tokenizer: PreTrainedTokenizerBase | None,
         num_positions: int,
         load: Callable[[], float],
+        prefetch: Callable[[int], None] = lambda tier: None,
     ) -> None:
         self.policy = policy
         self._config = config
         self._tokenizer = tokenizer
         self._num_positions = num_positions
         self._load = load
+        self._prefetch = prefetch
         self._tier_names = list(model_config.tier_names)
         self._vocab_size = model_config.vocab_size
         self._context = model_config.max_position_embeddings
@@ -150,13 +153,15 @@ class Admission:
         if self._config.session_affinity and has_session:
             min_tier = max(min_tier or 0, self._sessions.get(params.session_id or "", 0))
             min_tier = min(min_tier, self.highest(params))
-        return self.policy.decide(
+        decision = self.policy.decide(
             difficulty,
             tier=params.tier,
             max_tier=params.max_tier,
             min_tier=min_tier,
             load=self._load() if params.allow_degradation else 0.0,
         )
+        self._prefetch(decision.tier)
+        return decision
 
     def remember(self, request: Request) -> None:
         """The session's next request gets no lower tier than this one, which has ended, had."""

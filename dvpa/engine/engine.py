@@ -99,6 +99,7 @@ class Engine:
             self.tokenizer,
             self.pages.num_pages * self.pages.page_size,
             lambda: self.scheduler.load,
+            (lambda tier: None) if self.store is None else self.store.prefetch,
         )
         self.progress = Progress(
             self.scheduler,
@@ -183,6 +184,12 @@ class Engine:
     def has_work(self) -> bool:
         """Whether any request has not ended."""
         return bool(self._requests)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue; safe from any thread."""
+        with self._books:
+            return self.scheduler.num_waiting
 
     def step(self) -> list[Piece]:
         """Move all running requests on by one pass; the news of those that have any."""

@@ -207,8 +207,7 @@ class Scheduler:
         part = Part.WHOLE
         if start < request.kept_from < request.kept_to:
             end = min(end, request.kept_from)
-        elif start < request.kept_to:
-            end = min(end, request.kept_to)
+        elif start < request.kept_to:  # nothing is generated yet: the prompt's end is the end
             part = Part.AFTER_PROBE if request.tier == 0 else Part.AFTER_TRUNK
         elif request.speculates and request.stage is Stage.DECODING:
             return self._speculation(request, budget)
