@@ -1,4 +1,4 @@
-"""How the CPU kernel is built and cached: once, announced, and never in the way."""
+"""How the CPU kernels are built and cached: once, announced, and never in the way."""
 
 import logging
 import os
@@ -71,14 +71,14 @@ def test_the_bf16_dot_product_is_in_the_library() -> None:
     assert text.count("vdpbf16ps") > 50
 
 
-def test_without_a_compiler_grouped_mm_does_it_and_says_so(tmp_path: Path) -> None:
+def test_without_a_compiler_pytorch_does_it_and_says_so(tmp_path: Path) -> None:
     done = in_process(TINY_CALL, tmp_path, PATH="/nowhere", CXX="")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "None\n"
     warnings = [line for line in done.stderr.splitlines() if line.startswith("WARNING")]
     assert len(warnings) == 1
     assert "no C++ compiler found" in warnings[0]
-    assert "F.grouped_mm" in warnings[0]
+    assert "F.grouped_mm and F.linear" in warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_failing_build_names_its_reason(
     with caplog.at_level(logging.WARNING):
         out = [moe_mlp_cpu(*inputs) for _ in range(3)]
     assert torch.equal(out[0], moe_mlp_torch(*inputs))
-    failures = [text for text in caplog.messages if "no CPU expert kernel" in text]
+    failures = [text for text in caplog.messages if "no CPU kernels" in text]
     assert len(failures) == 1
     assert reason in failures[0]
     assert library.status().isa is None
@@ -143,9 +143,7 @@ def test_the_build_is_announced_where_nobody_set_up_logs(
 ) -> None:
     done = in_process(TINY_CALL, tmp_path, set_up_logs=False, CXX=quick_compiler)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines() == [
-        "building the CPU expert kernel with c++ (a few seconds, once)"
-    ]
+    assert done.stderr.splitlines() == ["building the CPU kernels with c++ (under a minute, once)"]
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, quick_compiler: str) -> None:

@@ -91,7 +91,7 @@ def test_output(
 
 @ISA
 @DTYPE
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, 9, 12])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 22, 70])
 def test_all_rows_on_one_expert(rows: int, dtype: torch.dtype, isa: str) -> None:
     """Every row tile; the other experts' weights are never read."""
     inputs = operands(torch.full((rows, 1), 2), 4, 48, 40, dtype)

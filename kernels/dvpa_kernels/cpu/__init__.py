@@ -1,4 +1,4 @@
-"""The expert kernel for CPUs, in C++, built at its first use."""
+"""The kernels for CPUs, in C++, built at their first use."""
 
 from dvpa_kernels.cpu.library import CpuKernel, status
 from dvpa_kernels.cpu.op import moe_mlp_cpu

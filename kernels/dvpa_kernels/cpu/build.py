@@ -1,4 +1,4 @@
-"""Compile the CPU expert kernel once and keep it in a cache folder.
+"""Compile the CPU kernels once and keep it in a cache folder.
 
 The library has no OpenMP runtime of its own: two of them in one process would each keep a team of
 threads and get in each other's way. Its symbols are those of the runtime PyTorch has loaded.
@@ -18,7 +18,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 SOURCE_FOLDER = Path(__file__).resolve().parent
-MAIN_SOURCE = SOURCE_FOLDER / "moe_mlp.cpp"
+MAIN_SOURCE = SOURCE_FOLDER / "kernels.cpp"
 COMPILERS = ("c++", "g++", "clang++")
 COMPILE_FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-w"),
@@ -28,7 +28,7 @@ BUILD_SECONDS = 300  # a compiler that hangs must not hang the model
 
 
 class BuildError(RuntimeError):
-    """The kernel cannot be built here; the message says why, in one line."""
+    """The kernels cannot be built here; the message says why, in one line."""
 
 
 def find_compiler() -> list[str]:
@@ -70,7 +70,7 @@ def build(links_openmp: bool, rebuild: bool = False) -> Path:
     """
     compiler = find_compiler()
     link_flags = ["-shared", "-Wl,--as-needed", *(["-fopenmp"] if links_openmp else [])]
-    name = f"moe_mlp-{_fingerprint(compiler, link_flags)}.so"
+    name = f"kernels-{_fingerprint(compiler, link_flags)}.so"
     folder = cache_folder()
     library = folder / name
     if library.is_file() and not rebuild:
@@ -84,11 +84,11 @@ def build(links_openmp: bool, rebuild: bool = False) -> Path:
         logger.info("cache folder %s cannot be written (%s)", folder, error.strerror)
     # Not a fault, but a program that stands still for seconds says why, logs set up or not.
     logger.warning(
-        "building the CPU expert kernel with %s (a few seconds, once)", Path(compiler[0]).name
+        "building the CPU kernels with %s (under a minute, once)", Path(compiler[0]).name
     )
     # Built beside its place and renamed: another process sees the whole file or none.
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as scratch:
-        compiled, linked = Path(scratch, "moe_mlp.o"), Path(scratch, name)
+        compiled, linked = Path(scratch, "kernels.o"), Path(scratch, name)
         _run([*compiler, *COMPILE_FLAGS, "-c", str(MAIN_SOURCE), "-o", str(compiled)])
         _run([*compiler, str(compiled), *link_flags, "-o", str(linked)])
         os.replace(linked, library)

@@ -1,4 +1,4 @@
-"""The compiled kernel as a Python object: loaded once, with what it can run here.
+"""The compiled kernels as a Python object: loaded once, with what it can run here.
 
 Letters: T tokens, D hidden, F expert width, E experts, R rows.
 """
@@ -19,7 +19,7 @@ from dvpa_kernels.routing import RowRouting
 
 logger = logging.getLogger(__name__)
 
-# Numbered as in moe_mlp.cpp; the last one that this machine runs is used.
+# Numbered as in kernels.cpp; the last one that this machine runs is used.
 ISAS = ("plain", "avx2", "avx512", "avx512_bf16")
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -54,8 +54,20 @@ def load() -> tuple[CpuKernel, ctypes.CDLL | None]:
     return _loaded
 
 
+def library_for(isa: str) -> ctypes.CDLL:
+    """The library, for calls with this instruction set.
+
+    Raises:
+        ValueError: `isa` is not one that this machine runs.
+    """
+    kernel, library = load()
+    if library is None or isa not in kernel.isas:
+        raise ValueError(f"isa: {isa!r} must be one of {kernel.isas or 'none'} on this machine")
+    return library
+
+
 def status() -> CpuKernel:
-    """What the CPU backend runs in this process; builds the kernel if that has not happened."""
+    """What the CPU backend runs in this process; builds the kernels if that has not happened."""
     return load()[0]
 
 
@@ -69,17 +81,26 @@ def _load() -> tuple[CpuKernel, ctypes.CDLL | None]:
             ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)
         library, path = _open(links_openmp=openmp is None)
     except (BuildError, OSError) as error:
-        logger.warning("no CPU expert kernel (%s); using F.grouped_mm instead", error)
+        logger.warning("no CPU kernels (%s); using F.grouped_mm and F.linear instead", error)
         return CpuKernel(None, None, reason=str(error)), None
-    library.dvpa_cpu_supports.argtypes = [ctypes.c_int]
-    choices, sizes, pointers = [ctypes.c_int] * 3, [ctypes.c_int64] * 4, [ctypes.c_void_p] * 9
-    library.dvpa_cpu_moe_mlp.argtypes = [*choices, *sizes, *pointers]
-    library.dvpa_cpu_sort_rows.argtypes = [*[ctypes.c_int64] * 3, *[ctypes.c_void_p] * 6]
-    library.dvpa_cpu_sort_rows.restype = ctypes.c_int64
+    _declare(library)
     isas = tuple(name for i, name in enumerate(ISAS) if library.dvpa_cpu_supports(i))
     kernel = CpuKernel(isas[-1], path, isas=isas, shares_openmp=openmp is not None)
-    logger.info("CPU expert kernel: %s, %s", kernel.isa, path)
+    logger.info("CPU kernels: %s, %s", kernel.isa, path)
     return kernel, library
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """The C signatures, as in kernels.cpp: choices (int), sizes (int64), then pointers."""
+    choices, size, pointer = [ctypes.c_int] * 3, ctypes.c_int64, ctypes.c_void_p
+    library.dvpa_cpu_supports.argtypes = [ctypes.c_int]
+    library.dvpa_cpu_moe_mlp.argtypes = [*choices, *[size] * 4, *[pointer] * 9]
+    library.dvpa_cpu_sort_rows.argtypes = [*[size] * 3, *[pointer] * 6]
+    library.dvpa_cpu_sort_rows.restype = size
+    library.dvpa_cpu_linear.argtypes = [*choices, *[size] * 4, *[pointer] * 4]
+    library.dvpa_cpu_rms_norm.argtypes = [*choices, *[size] * 2, ctypes.c_float, *[pointer] * 3]
+    library.dvpa_cpu_rms_norm.restype = None
+    library.dvpa_cpu_attention.argtypes = [*choices, *[size] * 8, ctypes.c_float, *[pointer] * 6]
 
 
 def _open(links_openmp: bool) -> tuple[ctypes.CDLL, Path]:
@@ -143,9 +164,7 @@ def run_kernel(
         ValueError: `isa` is not one that this machine runs.
         MemoryError: no room for the intermediate rows.
     """
-    kernel, library = load()
-    if library is None or isa not in kernel.isas:
-        raise ValueError(f"isa: {isa!r} must be one of {kernel.isas or 'none'} on this machine")
+    library = library_for(isa)
     x = x.contiguous()
     y = torch.empty_like(x)
     # Named, so that a converted or copied column lives until the call returns.

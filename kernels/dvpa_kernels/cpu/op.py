@@ -13,16 +13,17 @@ from dvpa_kernels.torch_grouped import moe_mlp_torch
 # Mean rows of the experts that have any, above which F.grouped_mm takes over: for fp32, and for
 # bf16 and fp16. Measured with D 1024, F 512, E 64, K 8 on one core of a busy AVX-512 machine that
 # has no bf16 instructions (CPU time; times faster than F.grouped_mm, by rows per expert):
-#   avx512 bf16: 2.2 at 1, 3.6 at 8, 3.0 at 64, 2.6 at 256;  fp16: 4.7 at 8, 5.6 at 64
-#   avx512 fp32: 1.3 at 1, 2.0 at 8, 1.1 at 64
+#   avx512 bf16: 2.4 at 1, 2.8 at 8, 3.4 at 64, 3.4 at 256;  fp16: 4.1 at 8, 6.9 at 64, 6.4 at 256
+#   avx512 fp32: 1.2 at 1, 1.8 at 8, 0.9 to 1.4 at 64, 0.8 to 1.1 at 256
 # Forced there, so against an AVX-512 grouped_mm:
-#   avx2 bf16: 2.7 at 8, 1.7 at 64;  fp32: 1.5 at 8, 0.5 at 64
-#   plain bf16: 1.7 at 1, 1.2 at 1.6, 0.6 at 8;  fp32: 1.2 at 1, 0.8 at 1.6
-# avx512_bf16 is not measured; grouped_mm has those instructions too, hence the caution.
+#   avx2 bf16: 2.1 at 8, 2.1 at 64, 2.2 at 256;  fp32: 1.3 at 8, 0.8 at 32
+#   plain bf16: 1.7 at 1, 1.2 at 1.6, 0.7 at 8;  fp32: 1.2 at 1, 0.8 at 1.6
+# Rows come in blocks of 64, so what holds at 256 holds beyond. avx512_bf16 is not measured;
+# grouped_mm has those instructions too, hence the caution.
 MAX_ROWS_PER_EXPERT = {
     "plain": (1, 2),
-    "avx2": (8, 64),
-    "avx512": (64, 256),
+    "avx2": (8, 4096),
+    "avx512": (64, 4096),
     "avx512_bf16": (64, 16),
 }
 

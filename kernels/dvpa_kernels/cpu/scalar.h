@@ -64,30 +64,4 @@ INLINE void from_float(float value, F16& out) {
   out.bits = uint16_t(result | sign);
 }
 
-// What one call multiplies. T tokens, D hidden, F expert width, E experts, R rows.
-struct Problem {
-  const void* x;               // [T, D]
-  const void* w_gate_up;       // [E, 2F, D]
-  const void* w_down;          // [E, D, F]
-  const float* weight;         // [R]
-  const int64_t* token_index;  // [R]
-  const int32_t* expert_offsets;  // [E + 1]
-  const int32_t* token_rows;      // [R]
-  const int32_t* token_offsets;   // [T + 1]
-  void* y;                        // [T, D]
-  int64_t tokens, hidden, width, experts;
-
-  const int32_t* used_experts;  // those with rows
-  int64_t num_used;
-  void* staged_x;    // [T, padded D], four bytes an element at most
-  void* staged_act;  // [R, padded F], likewise
-  float* packed_y;   // [R, D]
-  int64_t* next_item;  // one counter for each of the four phases
-};
-
-constexpr int MAX_CHUNK = 32;
-constexpr int64_t COLUMNS = 32;  // outputs in one item of work; a multiple of every CHUNK
-
-INLINE int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
 }  // namespace dvpa

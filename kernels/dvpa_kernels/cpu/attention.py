@@ -1,0 +1,88 @@
+"""The CPU backend of `latent_attention`.
+
+Letters: R query rows, H heads, W cache row (C latent + rope key), S sequences, M pages a sequence.
+"""
+
+import torch
+from torch import Tensor
+
+from dvpa_kernels.cpu.dense import kernel_isa
+from dvpa_kernels.cpu.library import FORMATS, ISAS, library_for
+
+_OUT_OF_MEMORY = 1
+# What else the kernel may return, numbered as in kernels.cpp.
+_FAULTS = {
+    2: "row_sequence: every entry must be in 0 .. {sequences} - 1",
+    3: "row_length: every entry must be in 0 .. {pages} * {page_size}",
+    4: "page_table: every entry that a row needs must be in 0 .. {cache_pages} - 1",
+}
+
+
+def latent_attention_cpu(
+    q: Tensor,
+    cache: Tensor,
+    page_table: Tensor,
+    row_sequence: Tensor,
+    row_length: Tensor,
+    value_width: int,
+    scaling: float,
+    isa: str | None = None,
+    threads: int | None = None,
+) -> Tensor | None:
+    """`latent_attention` in C++, or None where `kernel_isa` has none; shapes and dtypes are sound.
+
+    Sums in fp32; a row is bitwise the same whatever the other rows and the number of threads.
+
+    Args:
+        q: [R, H, W].
+        cache: [num_pages, page_size, W].
+        page_table: int32 [S, M].
+        row_sequence: int32 [R].
+        row_length: int32 [R].
+        value_width: C.
+        scaling: factor of the scores.
+        isa: as for `linear_cpu`.
+        threads: likewise.
+
+    Raises:
+        ValueError: this machine cannot run `isa`, or a sequence, a length or a page that is out of
+            range.
+        MemoryError: no room for the partial results.
+    """
+    isa = isa or kernel_isa(q, cache)
+    if isa is None:
+        return None
+    # Named, so that a copy lives until the call returns.
+    q, table = q.contiguous(), page_table.contiguous()
+    sequences, lengths = row_sequence.contiguous(), row_length.contiguous()
+    out = q.new_empty(*q.shape[:2], value_width)
+    if out.numel() == 0:
+        return out
+    fault = library_for(isa).dvpa_cpu_attention(
+        ISAS.index(isa),
+        FORMATS[q.dtype],
+        threads or torch.get_num_threads(),
+        *q.shape,
+        value_width,
+        *cache.shape[:2],
+        *table.shape,
+        scaling,
+        q.data_ptr(),
+        cache.data_ptr(),
+        table.data_ptr(),
+        sequences.data_ptr(),
+        lengths.data_ptr(),
+        out.data_ptr(),
+    )
+    if fault == _OUT_OF_MEMORY:
+        raise MemoryError(f"no room for the partial results of {len(q)} rows")
+    if fault:
+        raise ValueError(
+            _FAULTS[fault].format(
+                sequences=table.shape[0],
+                pages=table.shape[1],
+                page_size=cache.shape[1],
+                cache_pages=cache.shape[0],
+            )
+        )
+    return out
