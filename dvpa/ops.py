@@ -14,9 +14,18 @@ from dvpa_kernels import BACKENDS, IS_PACKAGE, make_routing, moe_mlp
 
 if IS_PACKAGE:
     # The engine's forward needs these; a checkpoint's own code does not.
+    from dvpa_kernels import DECODE_ROWS as DECODE_ROWS
+    from dvpa_kernels import AttentionWeights as AttentionWeights
+    from dvpa_kernels import DecodeLayer as DecodeLayer
+    from dvpa_kernels import DecodeRows as DecodeRows
+    from dvpa_kernels import RoutedWeights as RoutedWeights
+    from dvpa_kernels import RouterTable as RouterTable
     from dvpa_kernels import latent_attention as latent_attention
+    from dvpa_kernels import latent_rows as latent_rows
     from dvpa_kernels import linear as linear
     from dvpa_kernels import rms_norm as rms_norm
+    from dvpa_kernels import route as route
+    from dvpa_kernels import swiglu as swiglu
 
 logger = logging.getLogger(__name__)
 

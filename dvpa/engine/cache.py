@@ -35,10 +35,6 @@ class LatentCache:
         """Bytes of all pages."""
         return self.storage.numel() * self.storage.element_size()
 
-    def write(self, layer: int, slots_T: Tensor, rows_TW: Tensor) -> None:
-        """Store rows; a slot is page * page_size + offset."""
-        self.layers[layer].flatten(0, 1).index_copy_(0, slots_T, rows_TW)
-
     def read(self, layer: int, pages: Tensor, length: int) -> Tensor:
         """The first `length` rows of a sequence with these pages, [length, W]."""
         return self.layers[layer][pages].flatten(0, 1)[:length]

@@ -237,18 +237,22 @@ class Engine:
             ValueError: as in `add`, or the numbers of prompts and params differ; nothing has run.
         """
         gatherings = [Gathering(ids, p) for ids, p in self.admission.pair(prompts, params)]
-        waiting, added = deque(gatherings), list[str]()
+        waiting, unfinished, added = deque(gatherings), deque(gatherings), list[str]()
+        # A backlog of our own is not load: it must not lower anyone's tier.
+        few = int(self.config.degrade_from * self.config.max_queue)
+        few = max(1, min(self.config.max_num_seqs, few))
         try:
-            while not all(gathering.is_done for gathering in gatherings):
+            while unfinished:
                 with suppress(QueueFull):  # the step makes room
-                    while waiting:
+                    while waiting and self.num_waiting < few:
                         first = waiting[0]
-                        listener = first.pieces.append
                         added.append(
-                            self.add(first.prompt_token_ids, first.params, listener=listener)
+                            self.add(first.prompt_token_ids, first.params, listener=first.take)
                         )
                         waiting.popleft()
                 self.step()
+                while unfinished and unfinished[0].is_done:
+                    unfinished.popleft()
         except BaseException:
             for request_id in added:
                 self.cancel(request_id)

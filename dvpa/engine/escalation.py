@@ -1,13 +1,15 @@
 """Escalation while decoding: when a running request has become too unsure for its tier. No torch.
 
 The statistic is the running mean of `1 - p`, where p is the probability of the likeliest next
-token. Above `upper` the request goes up one tier, and the position that was unsure is computed
-again there, so that the token in doubt is already the higher tier's; the cache is kept. It can go
-up again only after the mean has been below `lower` in between (hysteresis), at most `max_times`,
-and never down.
+token. Above `upper` the request goes up (one tier, or to the highest it may have), and the position
+that was unsure is computed again there, so that the token in doubt is already the higher tier's;
+the cache is kept. It can go up again only after the mean has been below `lower` in between
+(hysteresis), at most `max_times`, and never down.
 """
 
 from dataclasses import dataclass
+
+STEPS = ("next", "highest")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,7 @@ class EscalationParams:
     lower: float = 0.4  # sure again below it
     smoothing: float = 0.5  # weight of the past in the running mean; 0: the last token alone
     max_times: int = 2
+    step: str = "next"  # the tier to go to: the "next" one, or the "highest" the request may have
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -33,6 +36,8 @@ class EscalationParams:
             raise ValueError(f"smoothing: {self.smoothing} must be in [0, 1)")
         if not 0 <= self.max_times <= 2:
             raise ValueError(f"max_times: {self.max_times} must be in 0 .. 2")
+        if self.step not in STEPS:
+            raise ValueError(f"step: {self.step!r} must be one of {', '.join(STEPS)}")
 
 
 class Doubt:

@@ -22,11 +22,10 @@ from torch import Tensor
 
 from dvpa import ops
 from dvpa.engine.cache import LatentCache
-from dvpa.engine.layers import Mlp, Norm, Projections
+from dvpa.engine.layers import Mlp, Norm, Projections, Router
 from dvpa.model.causal_lm import DvpaForCausalLM
 from dvpa.model.decoder import DvpaDecoderLayer
-from dvpa.model.experts import DvpaMoE
-from dvpa.model.router import Routing, TierPlan
+from dvpa.model.experts import DvpaExperts, DvpaMoE
 
 # Routed experts that are not in the module: (layer, hidden, topk_index, topk_weight) -> [T, D].
 ExpertsOfLayer = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -89,13 +88,39 @@ class _Layer:
         self.attention_norm = Norm(layer.input_layernorm)
         self.attention = Projections(layer.self_attn)
         self.mlp_norm = Norm(layer.post_attention_layernorm)
-        self.moe = mlp if isinstance(mlp, DvpaMoE) else None
+        self.router = Router(mlp.gate) if isinstance(mlp, DvpaMoE) else None
+        self.experts: DvpaExperts | None = mlp.experts if isinstance(mlp, DvpaMoE) else None
         always_on = mlp.shared_experts if isinstance(mlp, DvpaMoE) else mlp
         self.mlp = None if always_on is None else Mlp(always_on)
 
+    def fused(self, has_experts: bool) -> ops.DecodeLayer:
+        """The same for decode rows in one call, up to the routed experts if they are not here."""
+        routed, router, experts = None, self.router, self.experts
+        if router is not None and experts is not None and has_experts:
+            routed = ops.RoutedWeights(
+                router=router.weight,
+                tier_bias=router.tier_bias,
+                table=router.table,
+                gate_up=experts.gate_up_proj.detach(),
+                down=experts.down_proj.detach(),
+            )
+        return ops.DecodeLayer(
+            attention_norm=self.attention_norm.weight,
+            attention=self.attention.weights,
+            mlp_norm=self.mlp_norm.weight,
+            eps=self.mlp_norm.eps,
+            mlp=None if self.mlp is None else (self.mlp.gate_up, self.mlp.down),
+            routed=routed,
+            returns_normed=router is not None and routed is None,
+        )
+
 
 class Decoder:
-    """The layers of a `DvpaForCausalLM` over a paged cache; weights are shared with the model."""
+    """The layers of a `DvpaForCausalLM` over a paged cache; weights are shared with the model.
+
+    Steps of few rows, all of them decode rows, are one call a layer on CPUs (`fused_steps` counts
+    them); others, and all on other devices, run operator by operator (`operator_steps`).
+    """
 
     def __init__(
         self, model: DvpaForCausalLM, cache: LatentCache, experts: ExpertsOfLayer | None = None
@@ -111,6 +136,10 @@ class Decoder:
         self._norm = Norm(model.model.norm)
         self._head = model.lm_head.weight.detach()
         self._experts = experts
+        self.fused_steps = self.operator_steps = 0
+        self._fused = None
+        if ops.DecodeLayer.is_possible(self._embedding):
+            self._fused = [layer.fused(self._has_cpu_experts(layer)) for layer in self._layers]
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """States before the first layer, [T, D]."""
@@ -123,6 +152,14 @@ class Decoder:
     def __call__(self, step: Step, hidden_TD: Tensor) -> Passed:
         """Run the step on `hidden_TD`, embeddings and kept states; overwrites it."""
         cos, sin = self._rotary(hidden_TD, step.positions[None])
+        if (
+            self._fused is not None
+            and step.decode == slice(0, len(hidden_TD))
+            and (len(hidden_TD) <= ops.DECODE_ROWS)
+        ):
+            self.fused_steps += 1
+            return self._decode(self._fused, step, hidden_TD, cos[0], sin[0])
+        self.operator_steps += 1
         probes, fresh, after_trunk, end = step.bounds
         trunk = probe_states = hidden_TD
         for index, layer in enumerate(self._layers):
@@ -141,27 +178,47 @@ class Decoder:
             normed = layer.mlp_norm(hidden)
             if layer.mlp is not None:
                 hidden = hidden + layer.mlp(normed)
-            if layer.moe is not None:
-                plan = TierPlan(step.tiers[rows], step.max_tier)
-                hidden = hidden + self._routed(index, layer.moe, normed, plan)
+            if layer.router is not None:
+                hidden = hidden + self._routed(index, normed, step.tiers[rows], step.max_tier)
             hidden_TD[rows] = hidden
         return Passed(hidden_TD, trunk, probe_states)
 
-    def _routed(self, index: int, moe: DvpaMoE, hidden_TD: Tensor, plan: TierPlan) -> Tensor:
-        routing: Routing = moe.gate(hidden_TD, plan)
+    def _decode(
+        self, layers: list[ops.DecodeLayer], step: Step, hidden_TD: Tensor, cos: Tensor, sin: Tensor
+    ) -> Passed:
+        """A step of decode rows only, a layer in one call; none of them is a probe's."""
+        table = (step.page_table, step.decode_sequence, step.decode_length)
+        rows = ops.DecodeRows(cos, sin, step.slots, *table, step.tiers)
+        probe_states = hidden_TD
+        for index, layer in enumerate(layers):
+            if index == self.probe_layer:
+                probe_states = hidden_TD.clone()
+            normed = layer(hidden_TD, self.cache.layers[index], rows)
+            if normed is not None:
+                hidden_TD += self._routed(index, normed, step.tiers, step.max_tier)
+        return Passed(hidden_TD, hidden_TD[:0], probe_states)
+
+    def _has_cpu_experts(self, layer: _Layer) -> bool:
+        """Whether a fused layer may run the routed experts, too."""
+        if self._experts is not None or layer.experts is None:
+            return False
+        return ops.resolve_backend(layer.experts.backend, "cpu") == "cpu"
+
+    def _routed(self, index: int, hidden_TD: Tensor, tiers_T: Tensor, max_tier: int) -> Tensor:
+        router, experts = self._layers[index].router, self._layers[index].experts
+        assert router is not None and experts is not None
+        chosen = router(hidden_TD, tiers_T, max_tier)
         if self._experts is not None:
-            return self._experts(index, hidden_TD, routing.topk_index, routing.topk_weight)
-        out: Tensor = moe.experts(hidden_TD, routing)
-        return out
+            return self._experts(index, hidden_TD, *chosen)
+        weights = (experts.gate_up_proj, experts.down_proj)
+        return ops.expert_mlp(hidden_TD, *weights, *chosen, experts.backend)
 
     def _attend(
         self, index: int, hidden_TD: Tensor, cos: Tensor, sin: Tensor, step: Step, rows: slice
     ) -> Tensor:
         """Attention of rows `rows` of the step over the cache, which they enter first."""
         attention, cache = self._layers[index].attention, self.cache.layers[index]
-        query_THX, rows_TW = attention.enter(hidden_TD, cos, sin)
-        self.cache.write(index, step.slots[rows], rows_TW)
-
+        query_THX = attention.enter(hidden_TD, cos, sin, cache, step.slots[rows])
         mixed_THV = hidden_TD.new_empty(len(hidden_TD), attention.heads, attention.value)
         if rows.start <= step.decode.start < min(step.decode.stop, rows.stop):
             here = slice(step.decode.start - rows.start, step.decode.stop - rows.start)

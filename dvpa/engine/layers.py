@@ -8,12 +8,12 @@ Letters: T rows, D hidden, H heads, N no-rope dims, P rope dims, V value dims, C
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dvpa import ops
-from dvpa.model.attention import DvpaAttention, DvpaRMSNorm, rotate
+from dvpa.model.attention import DvpaAttention, DvpaRMSNorm
 from dvpa.model.experts import DvpaMLP
+from dvpa.model.router import DvpaRouter
 
 
 class Norm:
@@ -36,8 +36,27 @@ class Mlp:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
-        gate, up = ops.linear(x, self.gate_up).chunk(2, -1)
-        return ops.linear(F.silu(gate) * up, self.down)
+        return ops.swiglu(x, self.gate_up, self.down)
+
+
+class Router:
+    """Chooses each row's routed experts, inside the pool of its tier."""
+
+    def __init__(self, router: DvpaRouter) -> None:
+        config, self.tier_bias = router.config, router.tier_bias
+        self.weight = router.weight.detach()
+        self.table = ops.RouterTable(
+            pool_sizes=tuple(config.pool_size(tier) for tier in range(config.num_tiers)),
+            top_k=tuple(tier.top_k for tier in config.tiers),
+            topk_group=tuple(tier.topk_group for tier in config.tiers),
+            scaling=tuple(tier.routed_scaling_factor for tier in config.tiers),
+            group_size=config.group_size,
+            norm_topk_prob=config.norm_topk_prob,
+        )
+
+    def __call__(self, x: Tensor, tiers_T: Tensor, max_tier: int) -> tuple[Tensor, Tensor]:
+        """[T, D] -> (experts [T, K], their weights [T, K])."""
+        return ops.route(x, self.weight, self.tier_bias, tiers_T, self.table, max_tier)
 
 
 class Projections:
@@ -48,49 +67,61 @@ class Projections:
         self.heads, self.scaling = attention.num_heads, attention.scaling
         self.nope, self.rope = config.qk_nope_head_dim, config.qk_rope_head_dim
         self.latent, self.value = config.kv_lora_rank, config.v_head_dim
-        self._interleave = config.rope_interleave
-        down = attention.kv_a_proj_with_mqa
-        if config.q_lora_rank is None:
-            self._into, self._bias = fuse(attention.q_proj, down)
-            self._query_norm, self._query_up = None, None
-        else:
-            self._into, self._bias = fuse(attention.q_a_proj, down)
-            self._query_norm = Norm(attention.q_a_layernorm)
-            self._query_up = attention.q_b_proj.weight.detach()
-        self._latent_norm = Norm(attention.kv_a_layernorm)
+        has_query_latent = config.q_lora_rank is not None
+        query = attention.q_a_proj if has_query_latent else attention.q_proj
+        into, into_bias = fuse(query, attention.kv_a_proj_with_mqa)
         self.key_value_up = attention.kv_b_proj.weight.detach()
         key_up_HNC, value_up_HVC = self.key_value_up.view(self.heads, -1, self.latent).split(
             [self.nope, self.value], 1
         )
-        self._key_up_HCN = key_up_HNC.transpose(1, 2).contiguous()
-        self._value_up_HVC = value_up_HVC.contiguous()
-        self._out = attention.o_proj.weight.detach()
-        self._out_bias = attention.o_proj.bias
+        self.weights = ops.AttentionWeights(
+            into=into,
+            into_bias=into_bias,
+            query_norm=attention.q_a_layernorm.weight.detach() if has_query_latent else None,
+            query_up=attention.q_b_proj.weight.detach() if has_query_latent else None,
+            latent_norm=attention.kv_a_layernorm.weight.detach(),
+            key_up=key_up_HNC.transpose(1, 2).contiguous(),
+            value_up=value_up_HVC.contiguous(),
+            out=attention.o_proj.weight.detach(),
+            out_bias=attention.o_proj.bias,
+            eps=attention.kv_a_layernorm.variance_epsilon,
+            scaling=attention.scaling,
+            interleaved=config.rope_interleave,
+        )
 
-    def enter(self, hidden_TD: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries [T, H, N + P] and cache rows [T, C + P], both rotated."""
-        projected = ops.linear(hidden_TD, self._into, self._bias)
+    def enter(
+        self, hidden_TD: Tensor, cos_TP: Tensor, sin_TP: Tensor, cache: Tensor, slots_T: Tensor
+    ) -> Tensor:
+        """Rotated queries [T, H, N + P]; writes the rows' places in a layer's cache."""
+        weights = self.weights
+        projected = ops.linear(hidden_TD, weights.into, weights.into_bias)
         row_width = self.latent + self.rope
         query, row = projected.split([projected.shape[1] - row_width, row_width], 1)
-        if self._query_up is not None:
-            assert self._query_norm is not None
-            query = ops.linear(self._query_norm(query.contiguous()), self._query_up)
-        query_THX = query.unflatten(1, (self.heads, -1))
-        q_nope, q_rope = query_THX.split([self.nope, self.rope], -1)
-        latent, k_rope = row.split([self.latent, self.rope], -1)
-        q_rope = rotate(q_rope, cos_TP[:, None], sin_TP[:, None], self._interleave)
-        k_rope = rotate(k_rope, cos_TP, sin_TP, self._interleave)
-        rows = torch.cat((self._latent_norm(latent.contiguous()), k_rope), -1)
-        return torch.cat((q_nope, q_rope), -1), rows
+        if weights.query_norm is not None and weights.query_up is not None:
+            query = ops.rms_norm(query.contiguous(), weights.query_norm, weights.eps)
+            query = ops.linear(query, weights.query_up)
+        return ops.latent_rows(
+            query,
+            row,
+            weights.latent_norm,
+            weights.eps,
+            cos_TP,
+            sin_TP,
+            weights.interleaved,
+            cache,
+            slots_T,
+            self.heads,
+            self.nope,
+        )
 
     def absorb(self, query_THX: Tensor) -> Tensor:
         """Queries in the latent space of the cache, [T, H, C + P]."""
         q_nope, q_rope = query_THX.split([self.nope, self.rope], -1)
-        return torch.cat((ops.linear(q_nope.contiguous(), self._key_up_HCN), q_rope), -1)
+        return torch.cat((ops.linear(q_nope.contiguous(), self.weights.key_up), q_rope), -1)
 
     def values(self, mixed_THC: Tensor) -> Tensor:
         """Mixed latents to values, [T, H, V]."""
-        return ops.linear(mixed_THC, self._value_up_HVC)
+        return ops.linear(mixed_THC, self.weights.value_up)
 
     def expand(self, rows_LW: Tensor) -> tuple[Tensor, Tensor]:
         """Cache rows to keys [L, H, N + P] and values [L, H, V] of every head."""
@@ -104,7 +135,7 @@ class Projections:
 
     def leave(self, mixed_THV: Tensor) -> Tensor:
         """Values of all heads to the residual stream, [T, D]."""
-        return ops.linear(mixed_THV.flatten(1), self._out, self._out_bias)
+        return ops.linear(mixed_THV.flatten(1), self.weights.out, self.weights.out_bias)
 
 
 def fuse(*layers: nn.Linear) -> tuple[Tensor, Tensor | None]:

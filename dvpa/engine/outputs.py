@@ -60,11 +60,17 @@ class Gathering:
     prompt_token_ids: list[int]
     params: SamplingParams
     pieces: list[Piece] = field(default_factory=list)
+    num_ended: int = 0
+
+    def take(self, piece: Piece) -> None:
+        """One more piece of any of the completions."""
+        self.pieces.append(piece)
+        self.num_ended += piece.finish_reason is not None
 
     @property
     def is_done(self) -> bool:
         """Whether all completions have ended."""
-        return sum(piece.finish_reason is not None for piece in self.pieces) == self.params.n
+        return self.num_ended == self.params.n
 
     def output(self) -> RequestOutput:
         """The first completion, with all of them as its `choices`."""

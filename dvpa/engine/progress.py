@@ -239,7 +239,7 @@ class Progress:
             if doubt is not None and self._doubt_of(request).is_too_much(doubt):
                 request.num_escalations += 1
                 self.num_escalations += 1
-                self._redo_last(segment, request.tier + 1)
+                self._redo_last(segment, self._next_tier(request))
             else:
                 certain.append((segment, row))
         if not certain:
@@ -281,6 +281,12 @@ class Progress:
             and request.num_draft == 0
             and request.tier < self.live[request].max_tier
         )
+
+    def _next_tier(self, request: Request) -> int:
+        assert self._escalation is not None
+        if self._escalation.step == "highest":
+            return self.live[request].max_tier
+        return request.tier + 1
 
     def _doubt_of(self, request: Request) -> Doubt:
         live = self.live[request]

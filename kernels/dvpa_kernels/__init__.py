@@ -6,18 +6,10 @@ Imports nothing of dvpa.
 from dvpa_kernels.ops import BACKENDS, moe_mlp
 from dvpa_kernels.routing import IS_PACKAGE, RowRouting, check_routing, make_routing
 
-if IS_PACKAGE:  # for the engine only: checkpoints that bring their own code do without
-    from dvpa_kernels.attention import latent_attention
-    from dvpa_kernels.dense import linear, rms_norm
+__all__ = ["BACKENDS", "IS_PACKAGE", "RowRouting", "check_routing", "make_routing", "moe_mlp"]
 
-__all__ = [
-    "BACKENDS",
-    "IS_PACKAGE",
-    "RowRouting",
-    "check_routing",
-    "latent_attention",
-    "linear",
-    "make_routing",
-    "moe_mlp",
-    "rms_norm",
-]
+if IS_PACKAGE:  # for the engine only: checkpoints that bring their own code do without
+    from dvpa_kernels import inference
+    from dvpa_kernels.inference import *  # noqa: F403
+
+    __all__ += inference.__all__

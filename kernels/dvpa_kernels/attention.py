@@ -1,13 +1,14 @@
 """Absorbed multi-head latent attention over a paged cache: C++ on CPUs, PyTorch elsewhere.
 
-Letters: R query rows, H heads, W cache row (C latent + rope key), S sequences, M pages a sequence,
-L positions.
+Letters: R query rows, H heads, W cache row (C latent + P rope key), S sequences, M pages a
+sequence, L positions, N no-rope dims.
 """
 
 import torch
 from torch import Tensor
 
-from dvpa_kernels.cpu.attention import latent_attention_cpu
+from dvpa_kernels.cpu.attention import latent_attention_cpu, latent_rows_cpu
+from dvpa_kernels.dense import rms_norm_torch
 
 GATHERED_ELEMENTS = 1 << 24  # cache values that the PyTorch backend gathers at once
 
@@ -79,6 +80,99 @@ def latent_attention_torch(
         scores_rHL = scores_rHL.masked_fill(~seen_rL[:, None], torch.finfo(torch.float32).min)
         out_RHC[part] = torch.matmul(scores_rHL.softmax(-1), cache_rLW[..., :value_width])
     return out_RHC
+
+
+def latent_rows(
+    query: Tensor,
+    row: Tensor,
+    latent_norm: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    cache: Tensor,
+    slots: Tensor,
+    num_heads: int,
+    nope: int,
+) -> Tensor:
+    """Rotates queries; writes cache rows: the normalised latent, then the rotated key.
+
+    Rounded where the model's own operators round; PyTorch does it where `linear` names it.
+
+    Args:
+        query: [R, H * (N + P)], every head's last P values to be rotated; rows may be strided.
+        row: [R, C + P] before norm and rotation; likewise.
+        latent_norm: [C], weight of the RMS norm.
+        eps: added to its mean square.
+        cos: [R, P], of each row's position, halves repeated as Transformers gives them.
+        sin: [R, P].
+        interleaved: the pairs to rotate are stored side by side, and are parted first.
+        cache: [num_pages, page_size, C + P], contiguous; overwritten at `slots`.
+        slots: int64 [R], page * page_size + offset, no two alike.
+        num_heads: H.
+        nope: N.
+
+    Returns:
+        The queries, [R, H, N + P], contiguous.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together, or on CPUs a slot out of range.
+    """
+    rows, rope = cos.shape
+    shapes = {
+        "query": (query, (rows, num_heads * (nope + rope))),
+        "row": (row, (rows, cache.shape[-1])),
+        "latent_norm": (latent_norm, (cache.shape[-1] - rope,)),
+        "sin": (sin, (rows, rope)),
+        "slots": (slots, (rows,)),
+    }
+    for name, (value, shape) in shapes.items():
+        if value.shape != shape:
+            raise ValueError(f"{name}: shape {tuple(value.shape)} must be {shape}")
+    for name, value in {"query": query, "row": row, "latent_norm": latent_norm}.items():
+        if value.stride(-1) != 1:
+            raise ValueError(f"{name}: strides {value.stride()} must end in 1")
+    for name, value in {"row": row, "norm": latent_norm, "cos": cos, "cache": cache}.items():
+        if value.dtype != query.dtype:
+            raise ValueError(f"{name}: dtype {value.dtype} must be that of query, {query.dtype}")
+    if slots.dtype != torch.int64 or cache.dim() != 3 or not cache.is_contiguous():
+        raise ValueError(
+            f"slots, cache: {slots.dtype} and strides {cache.stride()} must be torch.int64 and "
+            "[num_pages, page_size, C + P], contiguous"
+        )
+    operands = (query, row, latent_norm, eps, cos, sin, interleaved, cache, slots, num_heads, nope)
+    out = latent_rows_cpu(*operands)
+    return latent_rows_torch(*operands) if out is None else out
+
+
+def latent_rows_torch(
+    query: Tensor,
+    row: Tensor,
+    latent_norm: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    cache: Tensor,
+    slots: Tensor,
+    num_heads: int,
+    nope: int,
+) -> Tensor:
+    """`latent_rows` in PyTorch's operators, on any device."""
+    latent, k_rope = row.split([len(latent_norm), cos.shape[1]], 1)
+    latent, k_rope = rms_norm_torch(latent, latent_norm, eps), rotate(k_rope, cos, sin, interleaved)
+    cache.flatten(0, 1).index_copy_(0, slots, torch.cat((latent, k_rope), 1))
+    query_RHX = query.unflatten(1, (num_heads, -1))
+    q_rope = rotate(query_RHX[..., nope:], cos[:, None], sin[:, None], interleaved)
+    return torch.cat((query_RHX[..., :nope], q_rope), -1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotary embedding of the last dimension; see `latent_rows`."""
+    if interleaved:
+        x = torch.cat((x[..., ::2], x[..., 1::2]), -1)
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
 
 
 def _check(

@@ -1,13 +1,13 @@
-"""Dense layers and RMS normalisation for inference: C++ on CPUs, PyTorch's operators elsewhere.
+"""Dense layers, RMS norms and SwiGLU for inference: C++ on CPUs, PyTorch's operators elsewhere.
 
-Letters: T tokens, G groups, K inputs, N outputs, D size.
+Letters: T tokens, G groups, K inputs, N outputs, D size, F width.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dvpa_kernels.cpu.dense import linear_cpu, rms_norm_cpu
+from dvpa_kernels.cpu.dense import linear_cpu, rms_norm_cpu, swiglu_cpu
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -61,6 +61,38 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rms_norm_torch(x, weight, eps) if y is None else y
 
 
+def swiglu(x: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+    """down(silu(gate(x)) * up(x)); every intermediate is rounded to the dtype of x.
+
+    On CPUs (fp32, bf16, fp16) one call in C++, where a row does not depend on the others; PyTorch
+    does it in the cases that `linear` names.
+
+    Args:
+        x: [T, D].
+        w_gate_up: [2F, D], gate rows first; contiguous, in the dtype of x.
+        w_down: [D, F]; likewise.
+
+    Returns:
+        [T, D], contiguous, in the dtype of x.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together, or weights that are not
+            contiguous.
+    """
+    hidden, width = w_down.shape if w_down.dim() == 2 else (0, 0)
+    if x.dim() != 2 or w_down.dim() != 2 or w_gate_up.shape != (2 * width, hidden):
+        raise ValueError(
+            f"w_gate_up, w_down: shapes {tuple(w_gate_up.shape)}, {tuple(w_down.shape)} must be "
+            "[2F, D] and [D, F]"
+        )
+    _check_linear(x, w_gate_up, None)
+    if not w_down.is_contiguous():
+        raise ValueError(f"w_down: strides {w_down.stride()} must be contiguous")
+    _check_alike(x, w_down=w_down)
+    y = swiglu_cpu(x, w_gate_up, w_down)
+    return swiglu_torch(x, w_gate_up, w_down) if y is None else y
+
+
 def linear_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear` in PyTorch's operators, on any device."""
     if weight.dim() == 2:
@@ -74,6 +106,12 @@ def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x32 = x.float()
     x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
     return weight * x32.to(x.dtype)
+
+
+def swiglu_torch(x: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+    """`swiglu` in PyTorch's operators, on any device."""
+    gate, up = F.linear(x, w_gate_up).chunk(2, -1)
+    return F.linear(F.silu(gate) * up, w_down)
 
 
 def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""The CPU backend of `latent_attention`.
+"""The CPU backend of `latent_attention` and `latent_rows`.
 
 Letters: R query rows, H heads, W cache row (C latent + rope key), S sequences, M pages a sequence.
 """
@@ -7,15 +7,7 @@ import torch
 from torch import Tensor
 
 from dvpa_kernels.cpu.dense import kernel_isa
-from dvpa_kernels.cpu.library import FORMATS, ISAS, library_for
-
-_OUT_OF_MEMORY = 1
-# What else the kernel may return, numbered as in kernels.cpp.
-_FAULTS = {
-    2: "row_sequence: every entry must be in 0 .. {sequences} - 1",
-    3: "row_length: every entry must be in 0 .. {pages} * {page_size}",
-    4: "page_table: every entry that a row needs must be in 0 .. {cache_pages} - 1",
-}
+from dvpa_kernels.cpu.library import FORMATS, ISAS, library_for, raise_fault
 
 
 def latent_attention_cpu(
@@ -74,15 +66,66 @@ def latent_attention_cpu(
         lengths.data_ptr(),
         out.data_ptr(),
     )
-    if fault == _OUT_OF_MEMORY:
-        raise MemoryError(f"no room for the partial results of {len(q)} rows")
-    if fault:
-        raise ValueError(
-            _FAULTS[fault].format(
-                sequences=table.shape[0],
-                pages=table.shape[1],
-                page_size=cache.shape[1],
-                cache_pages=cache.shape[0],
-            )
-        )
+    raise_fault(
+        fault,
+        len(q),
+        sequences=table.shape[0],
+        pages=table.shape[1],
+        page_size=cache.shape[1],
+        cache_pages=cache.shape[0],
+    )
+    return out
+
+
+def latent_rows_cpu(
+    query: Tensor,
+    row: Tensor,
+    latent_norm: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    cache: Tensor,
+    slots: Tensor,
+    num_heads: int,
+    nope: int,
+    isa: str | None = None,
+    threads: int | None = None,
+) -> Tensor | None:
+    """`latent_rows` in C++, or None where `kernel_isa` has none; shapes and dtypes are sound.
+
+    Raises:
+        ValueError: this machine cannot run `isa`, or a slot is out of range.
+    """
+    isa = isa or kernel_isa(query, row, latent_norm)
+    if isa is None:
+        return None
+    # Named, so that a copy lives until the call returns.
+    cos, sin, slots = cos.contiguous(), sin.contiguous(), slots.contiguous()
+    tokens, rope = cos.shape
+    out = query.new_empty(tokens, num_heads, nope + rope)
+    fault = library_for(isa).dvpa_cpu_latent_rows(
+        ISAS.index(isa),
+        FORMATS[query.dtype],
+        threads or torch.get_num_threads(),
+        tokens,
+        num_heads,
+        nope,
+        rope,
+        cache.shape[2] - rope,
+        query.stride(0),
+        row.stride(0),
+        cache.shape[0] * cache.shape[1],
+        eps,
+        interleaved,
+        query.data_ptr(),
+        row.data_ptr(),
+        latent_norm.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        slots.data_ptr(),
+        cache.data_ptr(),
+        out.data_ptr(),
+    )
+    raise_fault(fault, tokens, cache_pages=cache.shape[0], page_size=cache.shape[1])
     return out

@@ -1,12 +1,12 @@
-"""The CPU backend of `linear` and `rms_norm`.
+"""The CPU backend of `linear`, `rms_norm` and `swiglu`.
 
-Letters: T tokens, G groups, K inputs, N outputs, D size.
+Letters: T tokens, G groups, K inputs, N outputs, D size, F width.
 """
 
 import torch
 from torch import Tensor
 
-from dvpa_kernels.cpu.library import FORMATS, ISAS, library_for, status
+from dvpa_kernels.cpu.library import FORMATS, ISAS, library_for, raise_fault, status
 
 
 def kernel_isa(x: Tensor, *others: Tensor | None) -> str | None:
@@ -52,7 +52,7 @@ def linear_cpu(
     y = x.new_empty(*x.shape[:-1], weight.shape[-2])
     if y.numel() == 0:
         return y
-    failed = library_for(isa).dvpa_cpu_linear(
+    fault = library_for(isa).dvpa_cpu_linear(
         ISAS.index(isa),
         FORMATS[x.dtype],
         threads or torch.get_num_threads(),
@@ -65,8 +65,7 @@ def linear_cpu(
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
     )
-    if failed:
-        raise MemoryError(f"no room for {x.shape[0]} rows in fp32")
+    raise_fault(fault, len(x))
     return y
 
 
@@ -100,4 +99,44 @@ def rms_norm_cpu(
         weight.data_ptr(),
         y.data_ptr(),
     )
+    return y
+
+
+def swiglu_cpu(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    isa: str | None = None,
+    threads: int | None = None,
+) -> Tensor | None:
+    """`swiglu` in C++, or None where `kernel_isa` has none; the operands are sound.
+
+    Args:
+        x: [T, D].
+        w_gate_up: [2F, D]; contiguous.
+        w_down: [D, F]; contiguous.
+        isa: as for `linear_cpu`.
+        threads: likewise.
+
+    Raises:
+        ValueError: this machine cannot run `isa`.
+        MemoryError: no room for the intermediate rows.
+    """
+    isa = isa or kernel_isa(x, w_gate_up, w_down)
+    if isa is None:
+        return None
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    fault = library_for(isa).dvpa_cpu_swiglu(
+        ISAS.index(isa),
+        FORMATS[x.dtype],
+        threads or torch.get_num_threads(),
+        *x.shape,
+        w_down.shape[1],
+        x.data_ptr(),
+        w_gate_up.data_ptr(),
+        w_down.data_ptr(),
+        y.data_ptr(),
+    )
+    raise_fault(fault, len(x))
     return y

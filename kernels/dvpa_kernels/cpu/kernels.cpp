@@ -6,7 +6,7 @@
 
 #include <cstdlib>
 
-#include "problems.h"
+#include "plan.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -77,12 +77,13 @@ const Worker<Experts> EXPERTS[][3] = WORKERS(run_experts, avx512_bf16);
 const Worker<Linear> LINEAR[][3] = WORKERS(run_linear, avx512_bf16);
 const Worker<Norm> NORM[][3] = WORKERS(run_norm, avx512);
 const Worker<Attention> ATTENTION[][3] = WORKERS(run_attention, avx512);
+const Worker<Sum> SUM[][3] = WORKERS(run_sum, avx512);
+const Worker<Gate> GATE[][3] = WORKERS(run_gate, avx512);
+const Worker<Rows> ROWS[][3] = WORKERS(run_rows, avx512);
+const Worker<Route> ROUTE[][3] = WORKERS(run_route, avx512);
 
 // A team costs some microseconds; below this many multiplications for each thread it does not pay.
 constexpr int64_t WORK_PER_THREAD = 1 << 17;
-
-// Partial results of attention that are kept at once, in floats.
-constexpr int64_t PARTIALS = 1 << 22;
 
 int team_size(int threads, int64_t work) {
   const int64_t useful = 1 + work / WORK_PER_THREAD;
@@ -93,6 +94,42 @@ template <class Problem>
 void run(Worker<Problem> worker, const Problem& problem, int team) {
 #pragma omp parallel num_threads(team) if (team > 1)
   worker(problem);
+}
+
+// Runs what `plan(arena, counters)` returns; it is called twice, first to count its memory.
+template <class Plan, class Run>
+int run_planned(Plan plan, Run run) {
+  Arena arena = {nullptr};
+  Counters counters;
+  plan(arena, counters);
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 64, size_t(arena.used) + 64)) return NO_MEMORY;
+  arena = {static_cast<char*>(memory)};
+  counters = {};
+  auto problem = plan(arena, counters);
+  run(problem);
+  std::free(memory);
+  return NONE;
+}
+
+// What every thread of the team runs.
+void run_mlp(const Mlp& p, Worker<Linear> linear, Worker<Gate> gate) {
+  linear(p.gate_up);
+#pragma omp barrier
+  gate(p.gate);
+#pragma omp barrier
+  linear(p.down);
+}
+
+// What every thread of the team runs: as many rows at a time as there is room for.
+void run_attention(Attention& p, Worker<Attention> worker) {
+  while (true) {
+#pragma omp single
+    next_rows(p);
+    if (p.first_row == p.rows) return;
+    worker(p);
+#pragma omp barrier
+  }
 }
 
 }  // namespace
@@ -120,42 +157,15 @@ EXPORT int dvpa_cpu_supports(int isa) {
   return 0;
 }
 
-// Rows of a routing table [tokens, slots] in one counting sort, stable in slot order; an index of
-// `experts` is an empty slot. Fills order and token_index by row, expert_offsets [experts + 1],
-// token_rows by token and token_offsets [tokens + 1]. Returns the number of rows, -1 for an index
-// out of range, or -2 where memory ran out.
+// See sort_rows. Returns the number of rows, -1 for an index out of range, -2 where memory ran out.
 EXPORT int64_t dvpa_cpu_sort_rows(int64_t tokens, int64_t slots, int64_t experts,
                                   const int64_t* index, int64_t* order, int64_t* token_index,
                                   int32_t* expert_offsets, int32_t* token_rows,
                                   int32_t* token_offsets) {
-  int32_t* next = static_cast<int32_t*>(std::calloc(size_t(experts) + 1, sizeof(int32_t)));
+  int32_t* next = static_cast<int32_t*>(std::malloc(size_t(experts + 1) * sizeof(int32_t)));
   if (!next) return -2;
-  for (int64_t s = 0; s < tokens * slots; ++s) {
-    if (index[s] < 0 || index[s] > experts) {
-      std::free(next);
-      return -1;
-    }
-    ++next[index[s]];
-  }
-  int32_t rows = 0;
-  for (int64_t e = 0; e < experts; ++e) {
-    expert_offsets[e] = rows;
-    rows += next[e];
-    next[e] = expert_offsets[e];
-  }
-  expert_offsets[experts] = rows;
-  int32_t placed = 0;
-  token_offsets[0] = 0;
-  for (int64_t t = 0; t < tokens; ++t) {
-    for (int64_t s = t * slots; s < (t + 1) * slots; ++s) {
-      if (index[s] == experts) continue;
-      const int32_t row = next[index[s]]++;
-      order[row] = s;
-      token_index[row] = t;
-      token_rows[placed++] = row;
-    }
-    token_offsets[t + 1] = placed;
-  }
+  const int64_t rows = dvpa::sort_rows(tokens, slots, experts, index, order, token_index,
+                                       expert_offsets, token_rows, token_offsets, next);
   std::free(next);
   return rows;
 }
@@ -169,26 +179,18 @@ EXPORT int dvpa_cpu_moe_mlp(int isa, int format, int threads, int64_t tokens, in
                             const int32_t* token_offsets, void* y) {
   using namespace dvpa;
   const int64_t rows = expert_offsets[experts];
-  const int64_t x_bytes = tokens * round_up(hidden, MAX_CHUNK) * 4;
-  const int64_t act_bytes = rows * round_up(width, MAX_CHUNK) * 4;
-  const int64_t y_bytes = round_up(rows * hidden * 4, 64);
-  const int64_t used_bytes = round_up(experts * 4, 64);
-  char* memory = nullptr;
-  const int64_t bytes = x_bytes + act_bytes + y_bytes + used_bytes + 64;
-  if (posix_memalign(reinterpret_cast<void**>(&memory), 64, size_t(bytes))) return 1;
-
-  int64_t next_item[4] = {0, 0, 0, 0};
-  int32_t* used = reinterpret_cast<int32_t*>(memory + x_bytes + act_bytes + y_bytes);
-  int64_t num_used = 0;
-  for (int64_t e = 0; e < experts; ++e)
-    if (expert_offsets[e + 1] > expert_offsets[e]) used[num_used++] = int32_t(e);
-  const Experts problem = {
-      x, w_gate_up, w_down, weight, token_index, expert_offsets, token_rows, token_offsets, y,
-      tokens, hidden, width, experts, used, num_used, memory, memory + x_bytes,
-      reinterpret_cast<float*>(memory + x_bytes + act_bytes), next_item};
-  run(EXPERTS[isa][format], problem, team_size(threads, 3 * rows * hidden * width));
-  std::free(memory);
-  return 0;
+  return run_planned(
+      [&](Arena& arena, Counters& counters) {
+        Experts p = plan_experts(x, w_gate_up, w_down, y, tokens, hidden, width, experts, rows,
+                                 arena, counters);
+        p.weight = weight, p.token_index = token_index, p.expert_offsets = expert_offsets;
+        p.token_rows = token_rows, p.token_offsets = token_offsets;
+        return p;
+      },
+      [&](Experts& p) {
+        find_used(p);
+        run(EXPERTS[isa][format], p, team_size(threads, 3 * rows * hidden * width));
+      });
 }
 
 // See Linear for the operands, which the caller has checked. Returns 0, or 1 where memory ran out.
@@ -196,29 +198,77 @@ EXPORT int dvpa_cpu_linear(int isa, int format, int threads, int64_t tokens, int
                            int64_t depth, int64_t columns, const void* x, const void* weight,
                            const void* bias, void* y) {
   using namespace dvpa;
-  const int64_t rows = tokens * groups;
-  char* memory = nullptr;
-  const size_t bytes = size_t(rows * round_up(depth, MAX_CHUNK) * 4 + 64);
-  if (posix_memalign(reinterpret_cast<void**>(&memory), 64, bytes)) return 1;
-  // Equal blocks of rows, and smaller ones where there are too few items for the team.
-  int64_t blocks = (tokens + LINEAR_ROWS - 1) / LINEAR_ROWS;
-  const int64_t panels = groups * (round_up(columns, COLUMNS) / COLUMNS);
-  while (panels * blocks < 2 * threads && tokens / blocks >= LINEAR_ROWS / 4) blocks *= 2;
-  int64_t next_item[2] = {0, 0};
-  const Linear problem = {x,     weight, bias,    y,
-                          tokens, groups, depth,   columns,
-                          (tokens + blocks - 1) / blocks, memory, next_item};
-  run(LINEAR[isa][format], problem, team_size(threads, rows * depth * columns));
-  std::free(memory);
-  return 0;
+  return run_planned(
+      [&](Arena& arena, Counters& counters) {
+        return plan_linear(x, weight, bias, y, tokens, groups, depth, columns, threads, arena,
+                           counters);
+      },
+      [&](const Linear& p) {
+        run(LINEAR[isa][format], p, team_size(threads, tokens * groups * depth * columns));
+      });
+}
+
+// A SwiGLU MLP. x [T, D], w_gate_up [2F, D], w_down [D, F], y [T, D], which the caller has checked.
+// Returns 0, or 1 where memory ran out.
+EXPORT int dvpa_cpu_swiglu(int isa, int format, int threads, int64_t tokens, int64_t hidden,
+                           int64_t width, const void* x, const void* w_gate_up, const void* w_down,
+                           void* y) {
+  using namespace dvpa;
+  return run_planned(
+      [&](Arena& arena, Counters& counters) {
+        return plan_mlp(x, w_gate_up, w_down, y, tokens, hidden, width, threads, arena, counters);
+      },
+      [&](const Mlp& p) {
+#pragma omp parallel num_threads(team_size(threads, 3 * tokens * hidden * width))
+        run_mlp(p, LINEAR[isa][format], GATE[isa][format]);
+      });
+}
+
+// See Route for the operands, which the caller has checked, but for the values of `tiers`. `index`
+// and `weights` are [T, slots]. Returns 0, 1 where memory ran out, or 6 for a tier out of range.
+EXPORT int dvpa_cpu_route(int isa, int format, int threads, int64_t tokens, int64_t hidden,
+                          int64_t experts, int64_t max_tier, int64_t slots,
+                          const dvpa::RouterTable* table, const void* x, const void* weight,
+                          const float* tier_bias, const int64_t* tiers, int64_t* index,
+                          float* weights) {
+  using namespace dvpa;
+  if (!are_tiers(tiers, tokens, max_tier + 1)) return BAD_TIER;
+  return run_planned(
+      [&](Arena& arena, Counters& counters) {
+        Route p = plan_route(x, weight, tier_bias, *table, tiers, tokens, hidden, experts, arena,
+                             counters);
+        p.slots = slots, p.index = index, p.score = weights;
+        return p;
+      },
+      [&](const Route& p) {
+        run(ROUTE[isa][format], p, team_size(threads, tokens * hidden * p.pool_present));
+      });
+}
+
+// Rotated queries and cache rows; see Rows for the operands, which the caller has checked, but for
+// the values of `slots`. `out` is [T, H, N + P]. Returns 0, or 5 for a slot out of range.
+EXPORT int dvpa_cpu_latent_rows(int isa, int format, int threads, int64_t tokens, int64_t heads,
+                                int64_t nope, int64_t rope, int64_t latent, int64_t query_token,
+                                int64_t row_token, int64_t cache_rows, float epsilon,
+                                int interleaved, const void* query, const void* row,
+                                const void* norm, const void* cos, const void* sin,
+                                const int64_t* slots, void* cache, void* out) {
+  using namespace dvpa;
+  if (!are_slots(slots, tokens, cache_rows)) return BAD_SLOT;
+  int64_t next_item = 0;
+  const Rows p = {query,       row,         norm,  cos,       sin,         slots,       cache,
+                  out,         tokens,      heads, nope,      rope,        latent,      query_token,
+                  row_token,   nope + rope, nope,  epsilon,   interleaved != 0, true,   &next_item};
+  run(ROWS[isa][format], p, team_size(threads, 8 * tokens * (heads + 1) * (nope + rope)));
+  return NONE;
 }
 
 // See Norm for the operands, which the caller has checked.
 EXPORT void dvpa_cpu_rms_norm(int isa, int format, int threads, int64_t tokens, int64_t size,
-                              float epsilon, const void* x, const void* weight, void* y) {
+                              float epsilon, void* x, const void* weight, void* y) {
   using namespace dvpa;
   int64_t next_item = 0;
-  const Norm problem = {x, weight, y, tokens, size, epsilon, &next_item};
+  const Norm problem = {x, nullptr, weight, y, tokens, size, size, epsilon, &next_item};
   run(NORM[isa][format], problem, team_size(threads, 4 * tokens * size));
 }
 
@@ -230,47 +280,24 @@ EXPORT int dvpa_cpu_attention(int isa, int format, int threads, int64_t rows, in
                               const void* q, const void* cache, const int32_t* page_table,
                               const int32_t* row_sequence, const int32_t* row_length, void* out) {
   using namespace dvpa;
-  int64_t* first_split = static_cast<int64_t*>(std::malloc(size_t(rows + 1) * sizeof(int64_t)));
-  if (!first_split) return 1;
-  first_split[0] = 0;
-  int fault = 0;
-  int64_t positions = 0;
-  for (int64_t r = 0; r < rows && !fault; ++r) {
-    const int64_t sequence = row_sequence[r], length = row_length[r];
-    if (sequence < 0 || sequence >= sequences) fault = 2;
-    if (length < 0 || length > pages * page_size) fault = 3;
-    for (int64_t i = 0; !fault && i * page_size < length; ++i) {
-      const int64_t page = page_table[sequence * pages + i];
-      if (page < 0 || page >= cache_pages) fault = 4;
-    }
-    first_split[r + 1] = first_split[r] + num_splits(length);
-    positions += length;
-  }
-  const int64_t blocks = (heads + MAX_HEADS - 1) / MAX_HEADS;
-  const int64_t heads_block = (heads + blocks - 1) / blocks;
-  const int64_t padded = round_up(width, MAX_CHUNK), values = round_up(value_width, MAX_CHUNK);
-  const int64_t partial_size = round_up(heads_block * (2 + values), 16);
-  const int64_t scratch_size = (heads_block + POSITIONS) * padded + 2 * values;
-  const int team = team_size(threads, positions * heads * (width + value_width));
-  // As many rows at once as have room, and never less than one.
-  int64_t most = PARTIALS / (blocks * partial_size);
-  most = most < MAX_SPLITS ? MAX_SPLITS : most;
-  if (!fault && first_split[rows] < most) most = first_split[rows];
-  const int64_t used = most * blocks * partial_size;
-  float* memory = nullptr;
-  const size_t bytes = size_t(used + team * scratch_size) * sizeof(float) + 64;
-  if (!fault && posix_memalign(reinterpret_cast<void**>(&memory), 64, bytes)) fault = 1;
-  for (int64_t first = 0, last = 0; first < rows && !fault; first = last) {
-    while (last < rows && first_split[last + 1] - first_split[first] <= most) ++last;
-    int64_t next_item[3] = {0, 0, 0};
-    const Attention problem = {
-        q, cache, page_table, row_sequence, row_length, out, heads, width, value_width, page_size,
-        pages, scaling, first, last, first_split, heads_block, memory, partial_size,
-        memory + used, scratch_size, next_item};
-    run(ATTENTION[isa][format], problem, team);
-  }
-  std::free(memory);
-  std::free(first_split);
-  return fault;
+  Attention operands = {q,     cache, page_table,  row_sequence, row_length, out,
+                        heads, width, value_width, page_size,    pages,      scaling, rows};
+  Extent extent;
+  const Fault fault = check_rows(operands, sequences, cache_pages, &extent);
+  if (fault) return fault;
+  const int team = team_size(threads, extent.positions * heads * (width + value_width));
+  return run_planned(
+      [&](Arena& arena, Counters& counters) {
+        Attention p = operands;
+        plan_attention(p, extent, team, arena, counters);
+        return p;
+      },
+      [&](Attention& p) {
+        count_splits(p);
+#pragma omp parallel num_threads(team) if (team > 1)
+        run_attention(p, ATTENTION[isa][format]);
+      });
 }
 }
+
+#include "layer.inc"

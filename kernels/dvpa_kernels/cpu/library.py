@@ -23,6 +23,16 @@ logger = logging.getLogger(__name__)
 ISAS = ("plain", "avx2", "avx512", "avx512_bf16")
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+# What a call may return instead of 0, numbered as in plan.h.
+_NO_MEMORY = 1
+_FAULTS = {
+    2: "row_sequence: every entry must be in 0 .. {sequences} - 1",
+    3: "row_length: every entry must be in 0 .. {pages} * {page_size}",
+    4: "page_table: every entry that a row needs must be in 0 .. {cache_pages} - 1",
+    5: "slots: every entry must be in 0 .. {cache_pages} * {page_size} - 1",
+    6: "tiers: every entry must be below {tiers}",
+}
+
 
 @dataclass(frozen=True)
 class CpuKernel:
@@ -66,6 +76,19 @@ def library_for(isa: str) -> ctypes.CDLL:
     return library
 
 
+def raise_fault(fault: int, rows: int, **limits: int) -> None:
+    """What a call returned, as an exception; nothing for 0.
+
+    Raises:
+        MemoryError: no room for what `rows` rows need.
+        ValueError: a value that only the kernel looks at is out of the range that `limits` tell.
+    """
+    if fault == _NO_MEMORY:
+        raise MemoryError(f"no room for the intermediate results of {rows} rows")
+    if fault:
+        raise ValueError(_FAULTS[fault].format(**limits))
+
+
 def status() -> CpuKernel:
     """What the CPU backend runs in this process; builds the kernels if that has not happened."""
     return load()[0]
@@ -101,6 +124,12 @@ def _declare(library: ctypes.CDLL) -> None:
     library.dvpa_cpu_rms_norm.argtypes = [*choices, *[size] * 2, ctypes.c_float, *[pointer] * 3]
     library.dvpa_cpu_rms_norm.restype = None
     library.dvpa_cpu_attention.argtypes = [*choices, *[size] * 8, ctypes.c_float, *[pointer] * 6]
+    library.dvpa_cpu_swiglu.argtypes = [*choices, *[size] * 3, *[pointer] * 4]
+    library.dvpa_cpu_route.argtypes = [*choices, *[size] * 5, *[pointer] * 7]
+    library.dvpa_cpu_latent_rows.argtypes = [*choices, *[size] * 8, ctypes.c_float, ctypes.c_int]
+    library.dvpa_cpu_latent_rows.argtypes += [pointer] * 8
+    library.dvpa_cpu_layer.argtypes = [*choices, *[pointer] * 2, *[size] * 2, *[pointer] * 4, size]
+    library.dvpa_cpu_layer.restype = size
 
 
 def _open(links_openmp: bool) -> tuple[ctypes.CDLL, Path]:

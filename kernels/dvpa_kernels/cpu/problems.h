@@ -31,7 +31,7 @@ struct Experts {
   void* y;                        // [T, D]
   int64_t tokens, hidden, width, experts;
 
-  const int32_t* used_experts;  // those with rows
+  int32_t* used_experts;  // those with rows
   int64_t num_used;
   void* staged_x;    // [T, padded D], four bytes an element at most
   void* staged_act;  // [R, padded F], likewise
@@ -46,6 +46,7 @@ struct Linear {
   const void* bias;    // [G, N] or null
   void* y;             // [T, G, N]
   int64_t tokens, groups, depth, columns;
+  int64_t x_token, x_group, y_token, y_group;  // strides in elements
 
   int64_t block_rows;  // tokens in one item of work
   void* staged_x;      // [T, G, padded K], four bytes an element at most
@@ -54,12 +55,65 @@ struct Linear {
 
 // y[t] = weight * x[t] / root mean square of x[t]. T tokens, D size.
 struct Norm {
-  const void* x;       // [T, D]
+  void* x;             // [T, D], x_token elements from one to the next
+  const void* added;   // [T, D] or null: is added to x first, in place
   const void* weight;  // [D]
   void* y;             // [T, D]
-  int64_t tokens, size;
+  int64_t tokens, size, x_token;
   float epsilon;
   int64_t* next_item;
+};
+
+// x += first, then x += second, each rounded.
+struct Sum {
+  void* x;
+  const void *first, *second;  // second may be null
+  int64_t size;
+  int64_t* next_item;
+};
+
+// y = silu(gate) * up, each factor rounded. T tokens, F width.
+struct Gate {
+  const void* gate_up;  // [T, 2F], gate first
+  void* y;              // [T, F]
+  int64_t tokens, width;
+  int64_t* next_item;
+};
+
+// Rotates queries and writes cache rows. T tokens, H heads, N no-rope dims, P rope dims, C latent.
+struct Rows {
+  const void* query;        // [T, H, N + P], query_token elements from one token to the next
+  const void* row;          // [T, C + P], row_token elements from one to the next
+  const void* norm;         // [C]
+  const void *cos, *sin;    // [T, P]
+  const int64_t* slots;     // [T], rows of the cache
+  void* cache;              // [slots, C + P]
+  void* out;                // [T, H, out_head]: the rotated part is at out_rope
+  int64_t tokens, heads, nope, rope, latent, query_token, row_token, out_head, out_rope;
+  float epsilon;
+  bool interleaved, copies_nope;  // the rest of a query, to the start of its place in `out`
+  int64_t* next_item;
+};
+
+// Chooses experts. T tokens, D hidden, E experts, K slots; the limits are by tier.
+struct Route {
+  const void* x;           // [T, D]
+  const void* weight;      // [E, D]
+  const float* tier_bias;  // [tiers, E]
+  const int64_t* tiers;    // [T]; negative: no experts
+  const int64_t *pool, *top_k, *topk_group;
+  const float* factor;
+  int64_t tokens, hidden, experts, group_size, slots;
+  int64_t pool_present;  // the largest pool of these tokens' tiers
+  bool normalises;
+  int64_t* index;  // [T, K]; E: an empty slot
+  float* score;    // [T, K]
+
+  float* scores;   // [T, E], of the present pool
+  float* choice;   // [T, E + groups]
+  int32_t* items;  // [T, E + groups]
+  void* staged_x;  // [T, padded D], four bytes an element at most
+  int64_t* next_item;  // one counter for each of the three phases
 };
 
 constexpr int64_t POSITIONS = 32;  // in one block of the online softmax
@@ -86,8 +140,9 @@ struct Attention {
   int64_t heads, width, value_width, page_size, pages;
   float scaling;
 
+  int64_t rows, splits_at_once;
   int64_t first_row, last_row;  // what this call of the worker does
-  const int64_t* first_split;   // [R + 1], splits of all rows before
+  int64_t* first_split;         // [R + 1], splits of all rows before
   int64_t heads_block;          // heads in one item of work
   float* partials;              // one for each item
   int64_t partial_size;

@@ -1,0 +1,482 @@
+"""`DecodeLayer` against the operators it is made of, and the engine's steps with and without it.
+
+Letters: T rows, D hidden, H heads, N no-rope dims, P rope dims, V value dims, C latent, Q query
+latent, F width, E experts.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import pytest
+import torch
+from helpers import tiny_config, tiny_model
+from test_cpu_kernel import DTYPE, ISA, needs_kernel
+from torch import Tensor
+
+from dvpa.engine.cache import LatentCache
+from dvpa.engine.forward import Decoder, Passed, Step
+from dvpa.model import DvpaForCausalLM
+from dvpa_kernels import (
+    DECODE_ROWS,
+    AttentionWeights,
+    DecodeLayer,
+    DecodeRows,
+    RoutedWeights,
+    RouterTable,
+    make_routing,
+)
+from dvpa_kernels.cpu import moe_mlp_cpu, status
+from dvpa_kernels.cpu.attention import latent_attention_cpu, latent_rows_cpu
+from dvpa_kernels.cpu.dense import linear_cpu, rms_norm_cpu, swiglu_cpu
+from dvpa_kernels.cpu.router import route_cpu
+
+TABLE = RouterTable(
+    pool_sizes=(4, 8, 16),
+    top_k=(2, 3, 5),
+    topk_group=(1, 1, 3),
+    scaling=(1.4, 1.7, 2.2),
+    group_size=4,
+    norm_topk_prob=True,
+)
+PAGE_SIZE, PAGES = 4, 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A layer's sizes and what it has."""
+
+    hidden: int = 40
+    heads: int = 3
+    nope: int = 12
+    rope: int = 8
+    value: int = 10
+    latent: int = 36
+    query_latent: int = 0
+    width: int = 24  # of the dense MLP or the shared experts; 0: none
+    expert_width: int = 20  # 0: a dense layer
+    table: RouterTable = TABLE
+    has_bias: bool = False
+    interleaved: bool = True
+
+
+SHAPES = {
+    "plain": Shape(),
+    "query-latent-and-biases": Shape(query_latent=23, has_bias=True),
+    "halves": Shape(interleaved=False, rope=66, latent=33, nope=7, value=65),
+    "dense": Shape(expert_width=0, width=77),
+    "routed-only": Shape(width=0),
+    "no-mlp-at-all": Shape(width=0, expert_width=0),
+    "one-tier": Shape(table=RouterTable((16,), (4,), (4,), (1.0,), 4, False), hidden=130),
+    "wide": Shape(hidden=1100, heads=2, query_latent=40, latent=70, expert_width=33),
+}
+SHAPE = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a `DecodeLayer` is made of."""
+
+    attention_norm: Tensor
+    attention: AttentionWeights
+    mlp_norm: Tensor
+    eps: float
+    mlp: tuple[Tensor, Tensor] | None
+    routed: RoutedWeights | None
+
+    def layer(self, isa: str | None = None, **changes: Any) -> DecodeLayer:
+        return DecodeLayer(**{**vars(self), **changes}, isa=isa)
+
+
+def make_weights(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Weights:
+    g = torch.Generator().manual_seed(seed)
+
+    def matrix(*sizes: int) -> Tensor:
+        return (torch.randn(*sizes, generator=g) / sizes[-1] ** 0.5).to(dtype)
+
+    def norm(size: int) -> Tensor:
+        return (1 + 0.2 * torch.randn(size, generator=g)).to(dtype)
+
+    s = shape
+    query = s.heads * (s.nope + s.rope)
+    into = (s.query_latent or query) + s.latent + s.rope
+    attention = AttentionWeights(
+        into=matrix(into, s.hidden),
+        into_bias=matrix(into) if s.has_bias else None,
+        query_norm=norm(s.query_latent) if s.query_latent else None,
+        query_up=matrix(query, s.query_latent) if s.query_latent else None,
+        latent_norm=norm(s.latent),
+        key_up=matrix(s.heads, s.latent, s.nope),
+        value_up=matrix(s.heads, s.value, s.latent),
+        out=matrix(s.hidden, s.heads * s.value),
+        out_bias=matrix(s.hidden) if s.has_bias else None,
+        eps=1e-6,
+        scaling=0.3,
+        interleaved=s.interleaved,
+    )
+    routed = None
+    if s.expert_width:
+        tiers, experts = len(s.table.pool_sizes), s.table.pool_sizes[-1]
+        routed = RoutedWeights(
+            router=matrix(experts, s.hidden),
+            tier_bias=0.2 * torch.randn(tiers, experts, generator=g),
+            table=s.table,
+            gate_up=matrix(experts, 2 * s.expert_width, s.hidden),
+            down=matrix(experts, s.hidden, s.expert_width),
+        )
+    return Weights(
+        attention_norm=norm(s.hidden),
+        attention=attention,
+        mlp_norm=norm(s.hidden),
+        eps=1e-5,
+        mlp=(matrix(2 * s.width, s.hidden), matrix(s.hidden, s.width)) if s.width else None,
+        routed=routed,
+    )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of several sequences; the last of two rows that share one sees the other."""
+
+    hidden: Tensor
+    cache: Tensor
+    cos: Tensor
+    sin: Tensor
+    slots: Tensor
+    page_table: Tensor
+    row_sequence: Tensor
+    row_length: Tensor
+    tiers: Tensor
+
+    @property
+    def rows(self) -> DecodeRows:
+        return DecodeRows(*tuple(vars(self).values())[2:])
+
+    def take(self, *rows: int) -> "Batch":
+        """The same with these rows only."""
+        index = torch.tensor(rows)
+        parts = {
+            name: getattr(self, name)[index]
+            for name in ("hidden", "cos", "sin", "slots", "row_sequence", "row_length", "tiers")
+        }
+        return replace(self, **parts, cache=self.cache.clone())
+
+
+def make_batch(shape: Shape, rows: int, dtype: torch.dtype, seed: int = 0) -> Batch:
+    """Pages that no row sees are NaN."""
+    g = torch.Generator().manual_seed(seed + 1)
+    sequences, pages = max(1, rows - 1), 5
+    angle = torch.randn(rows, shape.rope // 2, generator=g).repeat(1, 2)
+    table = torch.stack([torch.randperm(PAGES, generator=g)[:pages] for _ in range(sequences)])
+    sequence = torch.arange(rows).clamp(max=sequences - 1)
+    length = torch.randint(1, 12, (rows,), generator=g)
+    if rows > 1:
+        length[-1] = length[-2] + 1
+    place = length - 1
+    if sequences > 1:  # every sequence its own pages
+        table = torch.arange(sequences * pages).view(sequences, pages)
+    num_pages = int(table.max()) + 1
+    cache = torch.randn(num_pages, PAGE_SIZE, shape.latent + shape.rope, generator=g).to(dtype)
+    slots = table[sequence, place // PAGE_SIZE] * PAGE_SIZE + place % PAGE_SIZE
+    seen = torch.zeros(num_pages * PAGE_SIZE, dtype=torch.bool)
+    for row in range(rows):
+        positions = torch.arange(int(length[row]))
+        seen[table[sequence[row], positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE] = (
+            True
+        )
+    cache.flatten(0, 1)[~seen] = float("nan")
+    return Batch(
+        hidden=torch.randn(rows, shape.hidden, generator=g).to(dtype),
+        cache=cache,
+        cos=angle.cos().to(dtype),
+        sin=angle.sin().to(dtype),
+        slots=slots,
+        page_table=table.int(),
+        row_sequence=sequence.int(),
+        row_length=length.int(),
+        tiers=torch.randint(-1, len(shape.table.pool_sizes), (rows,), generator=g),
+    )
+
+
+def run(layer: DecodeLayer, batch: Batch, threads: int = 1) -> tuple[Tensor, Tensor]:
+    """Hidden states and the cache after the layer."""
+    hidden, cache = batch.hidden.clone(), batch.cache.clone()
+    assert layer(hidden, cache, batch.rows, threads=threads) is None
+    return hidden, cache
+
+
+def by_operators(weights: Weights, batch: Batch, isa: str) -> tuple[Tensor, Tensor]:
+    """The same, operator by operator; the arithmetic of `Decoder` and nothing of its code."""
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return cast("Tensor", linear_cpu(x, weight, bias, isa=isa))
+
+    def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return cast("Tensor", rms_norm_cpu(x, weight, eps, isa=isa))
+
+    a, hidden, cache = weights.attention, batch.hidden.clone(), batch.cache.clone()
+    heads, latent, nope = a.key_up.shape
+    row_width = cache.shape[-1]
+    projected = linear(norm(hidden, weights.attention_norm, weights.eps), a.into, a.into_bias)
+    query, row = projected[:, :-row_width], projected[:, -row_width:]
+    if a.query_norm is not None and a.query_up is not None:
+        query = linear(norm(query.contiguous(), a.query_norm, a.eps), a.query_up)
+    query_THX = latent_rows_cpu(
+        *(query, row, a.latent_norm, a.eps, batch.cos, batch.sin, a.interleaved),
+        *(cache, batch.slots, heads, nope),
+        isa=isa,
+    )
+    assert query_THX is not None
+    absorbed = linear(query_THX[..., :nope].contiguous(), a.key_up)
+    mixed = latent_attention_cpu(
+        torch.cat((absorbed, query_THX[..., nope:]), -1),
+        *(cache, batch.page_table, batch.row_sequence, batch.row_length, latent, a.scaling),
+        isa=isa,
+    )
+    assert mixed is not None
+    hidden = hidden + linear(linear(mixed, a.value_up).flatten(1), a.out, a.out_bias)
+    normed = norm(hidden, weights.mlp_norm, weights.eps)
+    if weights.mlp is not None:
+        hidden = hidden + cast("Tensor", swiglu_cpu(normed, *weights.mlp, isa=isa))
+    if weights.routed is not None:
+        hidden = hidden + routed_by_operators(weights.routed, normed, batch.tiers, isa)
+    return hidden, cache
+
+
+def routed_by_operators(r: RoutedWeights, normed: Tensor, tiers: Tensor, isa: str) -> Tensor:
+    chosen = route_cpu(
+        normed, r.router, r.tier_bias, tiers, r.table, max_tier=int(tiers.max()), isa=isa
+    )
+    assert chosen is not None
+    return moe_mlp_cpu(normed, r.gate_up, r.down, make_routing(*chosen, len(r.router)), isa=isa)
+
+
+def assert_same(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> None:
+    """Bit for bit, NaN included, but for the sign of a NaN."""
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@ISA
+@DTYPE
+@SHAPE
+@pytest.mark.parametrize("rows", [1, 2, 13])
+def test_a_layer_is_its_operators(rows: int, shape: Shape, dtype: torch.dtype, isa: str) -> None:
+    weights, batch = make_weights(shape, dtype), make_batch(shape, rows, dtype)
+    hidden, cache = run(weights.layer(isa), batch)
+    assert hidden.isfinite().all()
+    assert not torch.equal(hidden, batch.hidden)
+    assert_same((hidden, cache), by_operators(weights, batch, isa))
+
+
+@ISA
+@DTYPE
+@pytest.mark.parametrize("name", ["plain", "wide"])
+def test_threads_change_no_bit(name: str, dtype: torch.dtype, isa: str) -> None:
+    shape = SHAPES[name]
+    # Enough work for a team.
+    shape = replace(shape, hidden=600, latent=128, expert_width=64)
+    weights, batch = make_weights(shape, dtype), make_batch(shape, DECODE_ROWS, dtype)
+    layer = weights.layer(isa)
+    alone = run(layer, batch)
+    for threads in (2, 5):
+        assert_same(run(layer, batch, threads), alone)
+
+
+@ISA
+@DTYPE
+@SHAPE
+def test_the_rest_of_the_batch_changes_no_bit(shape: Shape, dtype: torch.dtype, isa: str) -> None:
+    weights, batch = make_weights(shape, dtype), make_batch(shape, 12, dtype)
+    layer = weights.layer(isa)
+    hidden, cache = run(layer, batch)
+    for rows in ((0,), (3, 1), (2, 4, 5, 6, 7, 8, 9, 0, 1), (10, 11)):
+        part = batch.take(*rows)
+        assert_same((run(layer, part)[0],), (hidden[list(rows)],))
+    assert not torch.equal(cache, batch.cache)
+
+
+@needs_kernel
+def test_a_bad_row_stays_alone() -> None:
+    shape = SHAPES["plain"]
+    weights, batch = make_weights(shape, torch.float32), make_batch(shape, 6, torch.float32)
+    layer = weights.layer()
+    clean, _ = run(layer, batch)
+    batch.hidden[2] = float("nan")
+    hidden, _ = run(layer, batch)
+    assert hidden[2].isnan().all()
+    rest = [0, 1, 3, 4, 5]
+    assert torch.equal(hidden[rest], clean[rest])
+
+
+@needs_kernel
+@DTYPE
+def test_without_experts_it_returns_their_input(dtype: torch.dtype) -> None:
+    shape = SHAPES["plain"]
+    weights, batch = make_weights(shape, dtype), make_batch(shape, 5, dtype)
+    expected, _ = run(weights.layer(), batch)
+    hidden = batch.hidden.clone()
+    layer = weights.layer(routed=None, returns_normed=True)
+    normed = layer(hidden, batch.cache.clone(), batch.rows, threads=1)
+    assert normed is not None
+    assert weights.routed is not None
+    isa = status().isa
+    assert isa is not None
+    hidden += routed_by_operators(weights.routed, normed, batch.tiers, isa)
+    assert torch.equal(hidden, expected)
+
+
+@needs_kernel
+def test_what_is_out_of_range_is_refused_and_nothing_is_written() -> None:
+    shape = SHAPES["plain"]
+    weights, batch = make_weights(shape, torch.float32), make_batch(shape, 4, torch.float32)
+    layer = weights.layer()
+    for name, value, message in (
+        ("slots", 15 * PAGE_SIZE, r"slots: every entry must be in 0 \.\. 15 \* 4 - 1"),
+        ("slots", -1, "slots"),
+        ("row_sequence", 3, r"row_sequence: every entry must be in 0 \.\. 3 - 1"),
+        ("row_length", 21, r"row_length: every entry must be in 0 \.\. 5 \* 4"),
+        ("page_table", 15, r"page_table: .* must be in 0 \.\. 15 - 1"),
+        ("tiers", 3, "tiers: every entry must be below 3"),
+    ):
+        changed = getattr(batch, name).clone()
+        changed.view(-1)[0] = value
+        rows = replace(batch, **{name: changed}).rows
+        hidden, cache = batch.hidden.clone(), batch.cache.clone()
+        with pytest.raises(ValueError, match=message):
+            layer(hidden, cache, rows)
+        assert_same((hidden, cache), (batch.hidden, batch.cache))
+
+
+@needs_kernel
+def test_what_does_not_fit_is_refused() -> None:
+    shape = SHAPES["query-latent-and-biases"]
+    weights, batch = make_weights(shape, torch.float32), make_batch(shape, 4, torch.float32)
+    layer, rows, a = weights.layer(), batch.rows, weights.attention
+    for message, hidden, cache, given in (
+        (r"hidden: torch.float32 \(3, 40\) must be", batch.hidden[1:], batch.cache, rows),
+        ("hidden: torch.float16", batch.hidden.half(), batch.cache, rows),
+        (r"cache: .* must be torch.float32 \[num_pages, page_size, 44\]",
+         batch.hidden, batch.cache[..., 1:], rows),
+        ("cos: torch.float16", batch.hidden, batch.cache,
+         replace(batch, cos=batch.cos.half(), sin=batch.sin.half()).rows),
+        ("strides", batch.hidden.T.contiguous().T, batch.cache, rows),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            layer(hidden, cache, given)
+    for message, changes in (
+        (r"row_length: torch.int64 \(4,\) must be torch.int32", {"row_length": batch.slots}),
+        (r"slots: torch.int64 \(3,\) must be torch.int64 \(4,\)", {"slots": batch.slots[1:]}),
+        (r"sin: .* \(4, 6\) must be torch.float32 \(4, 8\)", {"sin": batch.sin[:, 2:]}),
+        (r"page_table: shape", {"page_table": batch.page_table[0]}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(batch, **changes).rows  # noqa: B018
+    many = make_batch(shape, DECODE_ROWS + 1, torch.float32)
+    with pytest.raises(ValueError, match=f"cos: {DECODE_ROWS + 1} rows must be 1 .. {DECODE_ROWS}"):
+        many.rows  # noqa: B018
+    for message, changed in (
+        ("key_up: strides", replace(a, key_up=a.key_up.mT.contiguous().mT)),
+        (r"out: .* \(39, 30\) must be torch.float32 \(40, 30\)", replace(a, out=a.out[1:])),
+        ("latent_norm: torch.float16", replace(a, latent_norm=a.latent_norm.half())),
+        ("leave no even number for the rope", replace(a, into=a.into[1:])),
+        ("query_norm, query_up: must both", replace(a, query_up=None)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            weights.layer(attention=changed)
+    with pytest.raises(ValueError, match=r"torch.float64 on cpu must be fp32, bf16 or fp16"):
+        weights.layer(attention_norm=weights.attention_norm.double())
+    with pytest.raises(ValueError, match="isa: 'sse9' must be one of"):
+        weights.layer("sse9")
+
+
+def make_step(rows: int, tiers: Tensor, seed: int = 0) -> Step:
+    """Decode rows of as many sequences, each at its own position."""
+    g = torch.Generator().manual_seed(seed)
+    positions = torch.randint(0, 3 * PAGE_SIZE, (rows,), generator=g)
+    table = torch.arange(rows * 3).view(rows, 3)
+    each = torch.arange(rows)
+    return Step(
+        token_ids=torch.randint(3, 64, (rows,), generator=g),
+        positions=positions,
+        tiers=tiers,
+        max_tier=int(tiers.max()),
+        slots=table[each, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE,
+        bounds=(0, rows, rows, rows),
+        decode=slice(0, rows),
+        decode_sequence=each.int(),
+        decode_length=(positions + 1).int(),
+        page_table=table.int(),
+        chunks=(),
+    )
+
+
+def pass_through(decoder: Decoder, step: Step, cache: Tensor) -> Passed:
+    decoder.cache.storage.copy_(cache)
+    with torch.inference_mode():
+        return decoder(step, decoder.embed(step.token_ids))
+
+
+def make_decoder(model: DvpaForCausalLM, rows: int, **given: Any) -> Decoder:
+    config = model.config
+    cache = LatentCache(config, 3 * rows, PAGE_SIZE, model.dtype, torch.device("cpu"))
+    return Decoder(model, cache, **given)
+
+
+@needs_kernel
+@DTYPE
+@pytest.mark.parametrize("rows", [1, 7, DECODE_ROWS])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"q_lora_rank": 24, "attention_bias": True, "rope_interleave": False},
+        {"n_shared_experts": 0, "norm_topk_prob": False},
+    ],
+)
+def test_a_step_of_decode_rows_is_fused_and_the_same(
+    changes: dict[str, Any], rows: int, dtype: torch.dtype
+) -> None:
+    model = tiny_model(tiny_config(**changes)).to(dtype)
+    fused, by_operator = (make_decoder(model, rows) for _ in range(2))
+    by_operator._fused = None
+    tiers = torch.randint(0, 3, (rows,), generator=torch.Generator().manual_seed(rows))
+    step = make_step(rows, tiers)
+    cache = torch.randn(fused.cache.storage.shape).to(dtype)
+    one, other = pass_through(fused, step, cache), pass_through(by_operator, step, cache)
+    assert (fused.fused_steps, fused.operator_steps) == (1, 0)
+    assert (by_operator.fused_steps, by_operator.operator_steps) == (0, 1)
+    assert torch.equal(one.hidden, other.hidden)
+    assert torch.equal(one.probe_states, other.probe_states)
+    assert one.trunk.shape == other.trunk.shape == (0, model.config.hidden_size)
+    assert torch.equal(fused.cache.storage, by_operator.cache.storage)
+
+
+@needs_kernel
+def test_experts_elsewhere_are_called_after_every_layer() -> None:
+    model = tiny_model()
+    whole, parted = make_decoder(model, 5), make_decoder(model, 5, experts=None)
+    layers = [layer.mlp for layer in model.model.layers]
+    seen = []
+
+    def experts(layer: int, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        seen.append(layer)
+        of_layer = layers[layer].experts
+        routing = make_routing(index, weight, of_layer.num_experts)
+        return moe_mlp_cpu(hidden, of_layer.gate_up_proj, of_layer.down_proj, routing)
+
+    parted = make_decoder(model, 5, experts=experts)
+    step = make_step(5, torch.tensor([0, 2, 1, 2, 0]))
+    cache = torch.randn(whole.cache.storage.shape)
+    hidden = pass_through(parted, step, cache).hidden
+    assert seen == [1, 2]
+    assert parted.fused_steps == 1
+    assert torch.equal(hidden, pass_through(whole, step, cache).hidden)
+
+
+@needs_kernel
+def test_more_rows_than_it_takes_run_by_operators() -> None:
+    model = tiny_model()
+    decoder = make_decoder(model, DECODE_ROWS + 1)
+    step = make_step(DECODE_ROWS + 1, torch.zeros(DECODE_ROWS + 1, dtype=torch.int64))
+    pass_through(decoder, step, torch.zeros_like(decoder.cache.storage))
+    assert (decoder.fused_steps, decoder.operator_steps) == (0, 1)
