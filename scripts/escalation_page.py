@@ -20,7 +20,7 @@ ROWS = {
     "default": "escalate, default bounds",
     "redo": "redo from the prompt",
     "random": "random, same rate",
-    "jump": "jump to top (not in the engine)",
+    "jump": "jump to top (replayed)",
     "coin": "coin between starts, same cost",
     "map": "map refitted, same cost",
 }

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import engine_page
+import escalation_page
 from kernel_page import FIGURE, fit_lines, introduction, kernel_parts, linear_png
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
@@ -180,10 +182,50 @@ def render_kernels(result: dict[str, Any]) -> str:
     return "\n\n".join([*parts, machine({**result["machine"], **result["versions"]})])
 
 
+def render_engine(result: dict[str, Any]) -> str:
+    """The engine beside its peers, mixed traffic, limits, context."""
+    (FOLDER / engine_page.FIGURE).write_bytes(engine_page.engine_png(result))
+    parts = ["## The engine on a CPU"]
+    for text, head, rows in engine_page.engine_parts(result):
+        parts += [text, table(head, rows)]
+    figure = f"![Decode step against batch size and context](benchmarks/{engine_page.FIGURE})"
+    return "\n\n".join([*parts, figure, machine({**result["machine"], **result["versions"]})])
+
+
+def render_soak(result: dict[str, Any]) -> str:
+    """Half an hour of overload."""
+    return "\n\n".join(["## The engine under overload", engine_page.soak_text(result)])
+
+
+def render_speculation(result: dict[str, Any]) -> str:
+    """Self-speculation against plain decoding."""
+    head, rows = engine_page.speculation_rows(result)
+    parts = [
+        "## Tier self-speculation",
+        (FOLDER / "speculation.md").read_text().strip(),
+        f"`python scripts/bench_speculation.py CKPT --text ...`, {result['tokens']} tokens a "
+        f"request, one thread, median of {result['rounds']} interleaved rounds:",
+        table(head, rows),
+    ]
+    return "\n\n".join([*parts, machine({**result["machine"], **result["versions"]})])
+
+
+def render_escalation(result: dict[str, Any]) -> str:
+    """Going up while decoding, on nano."""
+    parts = [(FOLDER / "escalation.md").read_text().strip()]
+    for text, head, rows in escalation_page.escalation_parts(result):
+        parts += [text, table(head, rows)]
+    return "\n\n".join([*parts, machine(result["environment"])])
+
+
 RENDERERS = {
     "demo": render_demo,
     "words": render_words,
     "tiers": render_tiers,
+    "engine": render_engine,
+    "engine_soak": render_soak,
+    "escalation": render_escalation,
+    "speculation": render_speculation,
     "kernels_cpu": render_kernels,
     "kernels_gpu": render_kernels,
 }
