@@ -15,7 +15,9 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -
 STAMP := $(BIN)/.dvpa
 # Tests of files that never meet Transformers need no second run on an older one.
 NO_MODEL := layering packaging calibrate policy report routing tier_map \
-    cpu_build cpu_kernel gpu_kernel metrics triton_aot triton_kernel
+    group_cache pages sampling_params scheduler bench_engine bench_escalation \
+    cpu_build cpu_kernel decode_layer dense_ops gpu_kernel latent_attention metrics route \
+    triton_aot triton_kernel
 FLOOR_TESTS = $(filter-out $(NO_MODEL:%=tests/test_%.py),$(wildcard tests/test_*.py))
 INPUTS := pyproject.toml requirements/cpu.txt
 

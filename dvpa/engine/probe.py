@@ -9,6 +9,7 @@ Letters: N new positions, D hidden.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -29,22 +30,27 @@ class Reading:
 def read_on(
     head: DifficultyHead, before: Reading | None, states_ND: Tensor, ends: Sequence[int]
 ) -> list[Reading]:
-    """Continue a reading with new states; one Reading for each of `ends` (1 .. N, increasing)."""
+    """Continue a reading with new states; one Reading for each of `ends` (1 .. N, rising)."""
     states_ND, scores_N = head.look(states_ND)
+    readings: list[Reading] = []
+    for start, end in pairwise((0, *ends)):
+        # Each at the scale of its own peak: what comes later may outweigh it beyond fp32.
+        if before is None or start < end:
+            before = _merge(before, states_ND[start:end], scores_N[start:end])
+        readings.append(before)
+    return readings
+
+
+def _merge(before: Reading | None, states_ND: Tensor, scores_N: Tensor) -> Reading:
     peak = scores_N.amax()
     if before is not None:
         peak = torch.maximum(peak, before.peak)
     weights_N = (scores_N - peak).exp()
-    totals_N = weights_N.cumsum(0)
-    pooled_ND = (weights_N[:, None] * states_ND.float()).cumsum(0)
+    total, pooled = weights_N.sum(), weights_N @ states_ND.float()
     if before is not None:
         rescale = (before.peak - peak).exp()
-        totals_N = totals_N + before.total * rescale
-        pooled_ND = pooled_ND + before.pooled * rescale
-    return [
-        Reading(peak, totals_N[end - 1], pooled_ND[end - 1].clone(), states_ND[end - 1].clone())
-        for end in ends
-    ]
+        total, pooled = total + before.total * rescale, pooled + before.pooled * rescale
+    return Reading(peak, total, pooled, states_ND[-1].clone())
 
 
 def difficulty(head: DifficultyHead, reading: Reading, logits_V: Tensor) -> float:
