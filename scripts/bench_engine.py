@@ -198,10 +198,16 @@ def mixed_rows(rows: Sequence[Row], priced: ModelPrice) -> list[Row]:
 def limit_rows(samples: Sequence[Row], model: Row, bandwidth_gb_s: float) -> list[Row]:
     """Decode steps beside the time that reading their weights and cache takes at the least."""
     touched = {s["concurrency"]: s["experts_touched"] for s in samples if "experts_touched" in s}
+    is_measured = set(touched)
     found = []
     for sample in samples:
         batch = sample["concurrency"]
-        if sample["case"] != "batch" or batch not in touched:
+        if sample["case"] != "batch":
+            continue
+        if batch not in touched and "top_k" in model:  # as if every expert were as likely
+            missed = (1 - model["top_k"] / model["n_routed_experts"]) ** batch
+            touched[batch] = model["n_routed_experts"] * (1 - missed)
+        if batch not in touched:
             continue
         num_bytes = (
             model["other_bytes"]
@@ -213,6 +219,7 @@ def limit_rows(samples: Sequence[Row], model: Row, bandwidth_gb_s: float) -> lis
             {
                 "batch": batch,
                 "experts_touched": touched[batch],
+                "is_measured": batch in is_measured,
                 "bytes": num_bytes,
                 "limit_ms": limit_ms,
                 "step_ms": sample["step_ms"],
@@ -268,6 +275,8 @@ def describe_model(path: Path) -> tuple[Row, ModelPrice, int]:
         "kv_bytes_per_token": top.kv_bytes_per_token,
         "expert_bytes": 2 * expert,  # of one expert in every MoE layer
         "other_bytes": 2 * (top.activated_params - top_k * expert),  # read in every step
+        "n_routed_experts": config.n_routed_experts,
+        "top_k": top_k,
     }
     return model, priced, config.vocab_size
 
