@@ -17,6 +17,7 @@ if IS_PACKAGE:
     from dvpa_kernels import DECODE_ROWS as DECODE_ROWS
     from dvpa_kernels import AttentionWeights as AttentionWeights
     from dvpa_kernels import DecodeLayer as DecodeLayer
+    from dvpa_kernels import DecodeLayers as DecodeLayers
     from dvpa_kernels import DecodeRows as DecodeRows
     from dvpa_kernels import RoutedWeights as RoutedWeights
     from dvpa_kernels import RouterTable as RouterTable

@@ -1,4 +1,4 @@
-"""`DecodeLayer` against the operators it is made of, and the engine's steps with and without it.
+"""`DecodeLayers` against the operators that a layer is made of.
 
 Letters: T rows, D hidden, H heads, N no-rope dims, P rope dims, V value dims, C latent, Q query
 latent, F width, E experts.
@@ -9,17 +9,14 @@ from typing import Any, cast
 
 import pytest
 import torch
-from helpers import tiny_config, tiny_model
 from test_cpu_kernel import DTYPE, ISA, needs_kernel
 from torch import Tensor
 
-from dvpa.engine.cache import LatentCache
-from dvpa.engine.forward import Decoder, Passed, Step
-from dvpa.model import DvpaForCausalLM
 from dvpa_kernels import (
     DECODE_ROWS,
     AttentionWeights,
     DecodeLayer,
+    DecodeLayers,
     DecodeRows,
     RoutedWeights,
     RouterTable,
@@ -28,6 +25,7 @@ from dvpa_kernels import (
 from dvpa_kernels.cpu import moe_mlp_cpu, status
 from dvpa_kernels.cpu.attention import latent_attention_cpu, latent_rows_cpu
 from dvpa_kernels.cpu.dense import linear_cpu, rms_norm_cpu, swiglu_cpu
+from dvpa_kernels.cpu.layer import _scratch
 from dvpa_kernels.cpu.router import route_cpu
 
 TABLE = RouterTable(
@@ -200,7 +198,7 @@ def make_batch(shape: Shape, rows: int, dtype: torch.dtype, seed: int = 0) -> Ba
 def run(layer: DecodeLayer, batch: Batch, threads: int = 1) -> tuple[Tensor, Tensor]:
     """Hidden states and the cache after the layer."""
     hidden, cache = batch.hidden.clone(), batch.cache.clone()
-    assert layer(hidden, cache, batch.rows, threads=threads) is None
+    assert DecodeLayers([layer], [cache])(hidden, batch.rows, threads=threads) is None
     return hidden, cache
 
 
@@ -296,6 +294,27 @@ def test_the_rest_of_the_batch_changes_no_bit(shape: Shape, dtype: torch.dtype, 
 
 
 @needs_kernel
+@DTYPE
+def test_layers_run_one_after_the_other(dtype: torch.dtype) -> None:
+    """Of different sizes inside, so that the later ones need more memory than the first."""
+    shapes = [Shape(width=5, expert_width=0), Shape(), Shape(width=99, expert_width=70, value=33)]
+    batch = make_batch(shapes[0], 7, dtype)
+    layers = [make_weights(shape, dtype, seed).layer() for seed, shape in enumerate(shapes)]
+    caches = [(batch.cache + i).clone() for i in range(3)]
+    expected = batch.hidden.clone()
+    expected_caches = [cache.clone() for cache in caches]
+    for layer, cache in zip(layers, expected_caches, strict=True):
+        DecodeLayers([layer], [cache])(expected, batch.rows, threads=1)
+    hidden = batch.hidden.clone()
+    _scratch.memory = torch.empty(0, dtype=torch.uint8)
+    DecodeLayers(layers, caches)(hidden, batch.rows, threads=1)
+    assert_same((hidden, torch.stack(caches)), (expected, torch.stack(expected_caches)))
+    before = caches[2].clone()
+    DecodeLayers(layers[:2], caches[:2])(hidden, batch.rows)
+    assert_same((caches[2], caches[2]), (before, before))
+
+
+@needs_kernel
 def test_a_bad_row_stays_alone() -> None:
     shape = SHAPES["plain"]
     weights, batch = make_weights(shape, torch.float32), make_batch(shape, 6, torch.float32)
@@ -316,7 +335,7 @@ def test_without_experts_it_returns_their_input(dtype: torch.dtype) -> None:
     expected, _ = run(weights.layer(), batch)
     hidden = batch.hidden.clone()
     layer = weights.layer(routed=None, returns_normed=True)
-    normed = layer(hidden, batch.cache.clone(), batch.rows, threads=1)
+    normed = DecodeLayers([layer], [batch.cache.clone()])(hidden, batch.rows, threads=1)
     assert normed is not None
     assert weights.routed is not None
     isa = status().isa
@@ -343,7 +362,7 @@ def test_what_is_out_of_range_is_refused_and_nothing_is_written() -> None:
         rows = replace(batch, **{name: changed}).rows
         hidden, cache = batch.hidden.clone(), batch.cache.clone()
         with pytest.raises(ValueError, match=message):
-            layer(hidden, cache, rows)
+            DecodeLayers([layer], [cache])(hidden, rows)
         assert_same((hidden, cache), (batch.hidden, batch.cache))
 
 
@@ -352,17 +371,28 @@ def test_what_does_not_fit_is_refused() -> None:
     shape = SHAPES["query-latent-and-biases"]
     weights, batch = make_weights(shape, torch.float32), make_batch(shape, 4, torch.float32)
     layer, rows, a = weights.layer(), batch.rows, weights.attention
-    for message, hidden, cache, given in (
-        (r"hidden: torch.float32 \(3, 40\) must be", batch.hidden[1:], batch.cache, rows),
-        ("hidden: torch.float16", batch.hidden.half(), batch.cache, rows),
-        (r"cache: .* must be torch.float32 \[num_pages, page_size, 44\]",
-         batch.hidden, batch.cache[..., 1:], rows),
-        ("cos: torch.float16", batch.hidden, batch.cache,
-         replace(batch, cos=batch.cos.half(), sin=batch.sin.half()).rows),
-        ("strides", batch.hidden.T.contiguous().T, batch.cache, rows),
-    ):  # fmt: skip
+    half = replace(batch, cos=batch.cos.half(), sin=batch.sin.half()).rows
+    for message, hidden, given in (
+        (r"hidden: torch.float32 \(3, 40\) must be", batch.hidden[1:], rows),
+        ("hidden: torch.float16", batch.hidden.half(), rows),
+        ("cos: torch.float16", batch.hidden, half),
+        ("strides", batch.hidden.T.contiguous().T, rows),
+    ):
         with pytest.raises(ValueError, match=message):
-            layer(hidden, cache, given)
+            DecodeLayers([layer], [batch.cache])(hidden, given)
+    other = make_weights(replace(shape, rope=6, latent=38), torch.float32).layer()
+    experts_elsewhere = weights.layer(routed=None, returns_normed=True)
+    for message, layers, caches in (
+        ("caches: 1 must be one for each of 2 layers", [layer, layer], [batch.cache]),
+        ("caches: 0", [], []),
+        (r"caches\[0\]: .* must be torch.float32 \(15, 4, 44\)", [layer], [batch.cache[..., 1:]]),
+        (r"caches\[1\]: .* \(14, 4, 44\)", [layer, layer], [batch.cache, batch.cache[1:]]),
+        (r"caches\[0\]: strides", [layer], [batch.cache.mT.contiguous().mT]),
+        (r"layers\[1\]: must have the sizes", [layer, other], [batch.cache, batch.cache]),
+        (r"layers\[0\]: only the last", [experts_elsewhere, layer], [batch.cache, batch.cache]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DecodeLayers(layers, caches)
     for message, changes in (
         (r"row_length: torch.int64 \(4,\) must be torch.int32", {"row_length": batch.slots}),
         (r"slots: torch.int64 \(3,\) must be torch.int64 \(4,\)", {"slots": batch.slots[1:]}),
@@ -387,96 +417,3 @@ def test_what_does_not_fit_is_refused() -> None:
         weights.layer(attention_norm=weights.attention_norm.double())
     with pytest.raises(ValueError, match="isa: 'sse9' must be one of"):
         weights.layer("sse9")
-
-
-def make_step(rows: int, tiers: Tensor, seed: int = 0) -> Step:
-    """Decode rows of as many sequences, each at its own position."""
-    g = torch.Generator().manual_seed(seed)
-    positions = torch.randint(0, 3 * PAGE_SIZE, (rows,), generator=g)
-    table = torch.arange(rows * 3).view(rows, 3)
-    each = torch.arange(rows)
-    return Step(
-        token_ids=torch.randint(3, 64, (rows,), generator=g),
-        positions=positions,
-        tiers=tiers,
-        max_tier=int(tiers.max()),
-        slots=table[each, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE,
-        bounds=(0, rows, rows, rows),
-        decode=slice(0, rows),
-        decode_sequence=each.int(),
-        decode_length=(positions + 1).int(),
-        page_table=table.int(),
-        chunks=(),
-    )
-
-
-def pass_through(decoder: Decoder, step: Step, cache: Tensor) -> Passed:
-    decoder.cache.storage.copy_(cache)
-    with torch.inference_mode():
-        return decoder(step, decoder.embed(step.token_ids))
-
-
-def make_decoder(model: DvpaForCausalLM, rows: int, **given: Any) -> Decoder:
-    config = model.config
-    cache = LatentCache(config, 3 * rows, PAGE_SIZE, model.dtype, torch.device("cpu"))
-    return Decoder(model, cache, **given)
-
-
-@needs_kernel
-@DTYPE
-@pytest.mark.parametrize("rows", [1, 7, DECODE_ROWS])
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"q_lora_rank": 24, "attention_bias": True, "rope_interleave": False},
-        {"n_shared_experts": 0, "norm_topk_prob": False},
-    ],
-)
-def test_a_step_of_decode_rows_is_fused_and_the_same(
-    changes: dict[str, Any], rows: int, dtype: torch.dtype
-) -> None:
-    model = tiny_model(tiny_config(**changes)).to(dtype)
-    fused, by_operator = (make_decoder(model, rows) for _ in range(2))
-    by_operator._fused = None
-    tiers = torch.randint(0, 3, (rows,), generator=torch.Generator().manual_seed(rows))
-    step = make_step(rows, tiers)
-    cache = torch.randn(fused.cache.storage.shape).to(dtype)
-    one, other = pass_through(fused, step, cache), pass_through(by_operator, step, cache)
-    assert (fused.fused_steps, fused.operator_steps) == (1, 0)
-    assert (by_operator.fused_steps, by_operator.operator_steps) == (0, 1)
-    assert torch.equal(one.hidden, other.hidden)
-    assert torch.equal(one.probe_states, other.probe_states)
-    assert one.trunk.shape == other.trunk.shape == (0, model.config.hidden_size)
-    assert torch.equal(fused.cache.storage, by_operator.cache.storage)
-
-
-@needs_kernel
-def test_experts_elsewhere_are_called_after_every_layer() -> None:
-    model = tiny_model()
-    whole, parted = make_decoder(model, 5), make_decoder(model, 5, experts=None)
-    layers = [layer.mlp for layer in model.model.layers]
-    seen = []
-
-    def experts(layer: int, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        seen.append(layer)
-        of_layer = layers[layer].experts
-        routing = make_routing(index, weight, of_layer.num_experts)
-        return moe_mlp_cpu(hidden, of_layer.gate_up_proj, of_layer.down_proj, routing)
-
-    parted = make_decoder(model, 5, experts=experts)
-    step = make_step(5, torch.tensor([0, 2, 1, 2, 0]))
-    cache = torch.randn(whole.cache.storage.shape)
-    hidden = pass_through(parted, step, cache).hidden
-    assert seen == [1, 2]
-    assert parted.fused_steps == 1
-    assert torch.equal(hidden, pass_through(whole, step, cache).hidden)
-
-
-@needs_kernel
-def test_more_rows_than_it_takes_run_by_operators() -> None:
-    model = tiny_model()
-    decoder = make_decoder(model, DECODE_ROWS + 1)
-    step = make_step(DECODE_ROWS + 1, torch.zeros(DECODE_ROWS + 1, dtype=torch.int64))
-    pass_through(decoder, step, torch.zeros_like(decoder.cache.storage))
-    assert (decoder.fused_steps, decoder.operator_steps) == (0, 1)

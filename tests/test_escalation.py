@@ -60,6 +60,7 @@ def test_the_statistic_is_a_running_mean_with_hysteresis(
         ("smoothing: 1.0", {"smoothing": 1.0}),
         ("max_times: 3", {"max_times": 3}),
         ("max_times: -1", {"max_times": -1}),
+        ("step: 'top'", {"step": "top"}),
     ],
 )
 def test_bad_bounds_are_named(field: str, values: dict[str, Any]) -> None:
@@ -80,21 +81,28 @@ def expected_answer(
     while len(ids) < len(prompt) + NUM_NEW:
         logits_V = logits_of(model, ids, tiers)[-1]
         if tiers[-1] < highest and doubt.is_too_much(1 - float(logits_V.softmax(-1).max())):
-            tiers[-1] += 1
+            tiers[-1] = highest if params.step == "highest" else tiers[-1] + 1
             continue
         ids.append(int(logits_V.argmax()))
         tiers.append(tiers[-1])
     return ids[len(prompt) :], tiers[len(prompt) - 1 : -1]
 
 
-@pytest.mark.parametrize("num_pages", [None, 56])
-@pytest.mark.parametrize("read_prompt", ["tier", "base"])
+@pytest.mark.parametrize(
+    ("num_pages", "read_prompt", "step"),
+    [
+        (None, "tier", "next"),
+        (None, "base", "highest"),
+        (56, "tier", "highest"),
+        (56, "base", "next"),
+    ],
+)
 def test_escalated_requests_continue_over_the_rows_they_have(
-    num_pages: int | None, read_prompt: str
+    num_pages: int | None, read_prompt: str, step: str
 ) -> None:
-    known = oracle()
+    known, bounds = oracle(), replace(EAGER, step=step)
     engine = make_engine(
-        known.model, num_pages, page_size=1, escalation=EAGER, read_prompt=read_prompt
+        known.model, num_pages, page_size=1, escalation=bounds, read_prompt=read_prompt
     )
     preempt_at_random(engine, 0.0 if num_pages is None else 0.2)
     arrivals = [Arrival(prompt, greedy(), at=i // 3) for i, prompt in enumerate(known.prompts)]
@@ -103,16 +111,18 @@ def test_escalated_requests_continue_over_the_rows_they_have(
     for i, arrival in enumerate(arrivals):
         first = known.tier_of(i)
         reads = 0 if read_prompt == "base" else None
-        tokens, tiers = expected_answer(known.prompts[i], first, EAGER, reads=reads)
+        tokens, tiers = expected_answer(known.prompts[i], first, bounds, reads=reads)
         assert arrival.tokens() == tokens
         record = arrival.last().telemetry
         assert record is not None
         assert record.tier_tokens == tuple(tiers.count(tier) for tier in range(3))
         assert tiers == sorted(tiers) and record.tier == tiers[-1]
-        assert record.escalations == tiers[-1] - first <= 2
+        jumps = tiers[-1] - first if step == "next" else int(tiers[-1] > first)
+        assert record.escalations == jumps <= 2
         assert record.decided_by == ("escalation" if record.escalations else "tier_map")
         times.append(record.escalations)
-    assert set(times) == {0, 1, 2} and engine.progress.num_escalations == sum(times)
+    assert set(times) == ({0, 1, 2} if step == "next" else {0, 1})
+    assert engine.progress.num_escalations == sum(times)
     assert (engine.scheduler.num_preemptions > 0) == (num_pages is not None)
 
 

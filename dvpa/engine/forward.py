@@ -94,7 +94,7 @@ class _Layer:
         self.mlp = None if always_on is None else Mlp(always_on)
 
     def fused(self, has_experts: bool) -> ops.DecodeLayer:
-        """The same for decode rows in one call, up to the routed experts if they are not here."""
+        """The same for `DecodeLayers`, up to the routed experts if they are elsewhere."""
         routed, router, experts = None, self.router, self.experts
         if router is not None and experts is not None and has_experts:
             routed = ops.RoutedWeights(
@@ -115,11 +115,20 @@ class _Layer:
         )
 
 
+@dataclass(frozen=True)
+class _Fused:
+    """Layers `first` .. `last` - 1 in one call."""
+
+    first: int
+    last: int
+    run: ops.DecodeLayers
+
+
 class Decoder:
     """The layers of a `DvpaForCausalLM` over a paged cache; weights are shared with the model.
 
-    Steps of few rows, all of them decode rows, are one call a layer on CPUs (`fused_steps` counts
-    them); others, and all on other devices, run operator by operator (`operator_steps`).
+    Steps of few rows, all of them decode rows, are one call for many layers on CPUs (`fused_steps`
+    counts them); others, and all on other devices, run operator by operator (`operator_steps`).
     """
 
     def __init__(
@@ -137,9 +146,7 @@ class Decoder:
         self._head = model.lm_head.weight.detach()
         self._experts = experts
         self.fused_steps = self.operator_steps = 0
-        self._fused = None
-        if ops.DecodeLayer.is_possible(self._embedding):
-            self._fused = [layer.fused(self._has_cpu_experts(layer)) for layer in self._layers]
+        self._fused = self._fuse() if ops.DecodeLayer.is_possible(self._embedding) else None
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """States before the first layer, [T, D]."""
@@ -152,11 +159,8 @@ class Decoder:
     def __call__(self, step: Step, hidden_TD: Tensor) -> Passed:
         """Run the step on `hidden_TD`, embeddings and kept states; overwrites it."""
         cos, sin = self._rotary(hidden_TD, step.positions[None])
-        if (
-            self._fused is not None
-            and step.decode == slice(0, len(hidden_TD))
-            and (len(hidden_TD) <= ops.DECODE_ROWS)
-        ):
+        is_decode = step.decode == slice(0, len(hidden_TD)) and len(hidden_TD) <= ops.DECODE_ROWS
+        if is_decode and self._fused is not None:
             self.fused_steps += 1
             return self._decode(self._fused, step, hidden_TD, cos[0], sin[0])
         self.operator_steps += 1
@@ -184,19 +188,31 @@ class Decoder:
         return Passed(hidden_TD, trunk, probe_states)
 
     def _decode(
-        self, layers: list[ops.DecodeLayer], step: Step, hidden_TD: Tensor, cos: Tensor, sin: Tensor
+        self, fused: list[_Fused], step: Step, hidden_TD: Tensor, cos: Tensor, sin: Tensor
     ) -> Passed:
-        """A step of decode rows only, a layer in one call; none of them is a probe's."""
+        """A step of decode rows only; none of them is a probe's."""
         table = (step.page_table, step.decode_sequence, step.decode_length)
         rows = ops.DecodeRows(cos, sin, step.slots, *table, step.tiers)
         probe_states = hidden_TD
-        for index, layer in enumerate(layers):
-            if index == self.probe_layer:
+        for part in fused:
+            if part.first == self.probe_layer:
                 probe_states = hidden_TD.clone()
-            normed = layer(hidden_TD, self.cache.layers[index], rows)
+            normed = part.run(hidden_TD, rows)
             if normed is not None:
-                hidden_TD += self._routed(index, normed, step.tiers, step.max_tier)
+                hidden_TD += self._routed(part.last - 1, normed, step.tiers, step.max_tier)
         return Passed(hidden_TD, hidden_TD[:0], probe_states)
+
+    def _fuse(self) -> list[_Fused]:
+        """Parts end before the probe layer's, and where experts are elsewhere."""
+        layers = [layer.fused(self._has_cpu_experts(layer)) for layer in self._layers]
+        parts: list[_Fused] = []
+        first = 0
+        for last, layer in enumerate(layers, 1):
+            if layer.returns_normed or last in (self.probe_layer, len(layers)):
+                run = ops.DecodeLayers(layers[first:last], self.cache.layers[first:last])
+                parts.append(_Fused(first, last, run))
+                first = last
+        return parts
 
     def _has_cpu_experts(self, layer: _Layer) -> bool:
         """Whether a fused layer may run the routed experts, too."""

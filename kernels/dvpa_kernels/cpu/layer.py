@@ -1,14 +1,15 @@
-"""One decoder layer of a decode step in one call of C++.
+"""The decoder layers of a decode step in one call of C++.
 
 Bitwise what the single operators of this package give one after the other (`rms_norm`, `linear`,
 `latent_rows`, `latent_attention`, `swiglu`, `route`, `moe_mlp`, additions in this order), for any
-number of threads and whatever the other rows are; about ninety small calls less.
+number of threads and whatever the other rows are; about ninety small calls a layer less.
 
 Letters: T rows, D hidden, P rope dims, C latent, F width, S sequences, M pages of one.
 """
 
 import ctypes
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ class DecodeRows:
 
 
 class DecodeLayer:
-    """One decoder layer over rows of single positions, in place; keeps its weights alive.
+    """One decoder layer over rows of single positions, for `DecodeLayers`; keeps its weights alive.
 
     hidden += attention(norm(hidden)), then hidden += mlp(normed) and hidden += experts(normed),
     normed = norm(hidden); attention in the absorbed form, rows enter the cache first.
@@ -104,7 +105,7 @@ class DecodeLayer:
         eps: of these two norms.
         mlp: (gate_up [2F, D], down [D, F]) of the dense MLP or the shared experts, or None.
         routed: the router and its experts, or None.
-        returns_normed: the experts are the caller's: a call returns their input.
+        returns_normed: the experts are the caller's, who is given their input.
         isa: force an instruction set (one of `status().isas`); for tests.
 
     Raises:
@@ -130,52 +131,84 @@ class DecodeLayer:
                 f"attention_norm: {attention_norm.dtype} on {attention_norm.device} must be fp32, "
                 "bf16 or fp16 on a CPU with the C++ library"
             )
-        self._struct = struct = layer_struct(attention_norm, attention, mlp_norm, eps, mlp, routed)
-        self._address = ctypes.addressof(struct)
-        self._hidden, self._rope = struct.hidden, struct.rope
-        self._row = struct.latent + struct.rope
-        self._num_tiers = 0 if routed is None else len(routed.table.pool_sizes)
-        self._dtype, self._returns_normed = attention_norm.dtype, returns_normed
-        self._run = library_for(isa).dvpa_cpu_layer
-        self._choice = (ISAS.index(isa), FORMATS[self._dtype])
+        self.library = library_for(isa)
+        self.isa, self.dtype, self.returns_normed = isa, attention_norm.dtype, returns_normed
+        self.struct = layer_struct(attention_norm, attention, mlp_norm, eps, mlp, routed)
+        self.hidden, self.rope = self.struct.hidden, self.struct.rope
+        self.num_tiers = 0 if routed is None else len(routed.table.pool_sizes)
+
+    @property
+    def row_width(self) -> int:
+        """C + P, what the cache holds of a position."""
+        return int(self.struct.latent) + int(self.struct.rope)
 
     @staticmethod
     def is_possible(weight: Tensor) -> bool:
         """Whether layers of such weights run here: fp32, bf16 or fp16 on a CPU with the library."""
         return kernel_isa(weight) is not None
 
-    def __call__(
-        self, hidden: Tensor, cache: Tensor, rows: DecodeRows, threads: int | None = None
-    ) -> Tensor | None:
-        """Overwrite `hidden` [T, D] and the rows' places in `cache` [num_pages, page_size, C + P].
 
-        Both contiguous. `threads`: at most so many; else PyTorch's number.
+class DecodeLayers:
+    """Consecutive layers, each over its own cache [num_pages, page_size, C + P].
+
+    Raises:
+        ValueError: layers or caches that do not fit together, or a layer before the last whose
+            experts are the caller's.
+    """
+
+    def __init__(self, layers: Sequence[DecodeLayer], caches: Sequence[Tensor]) -> None:
+        if not layers or len(layers) != len(caches):
+            raise ValueError(f"caches: {len(caches)} must be one for each of {len(layers)} layers")
+        self._dtype, self._hidden, self._rope = layers[0].dtype, layers[0].hidden, layers[0].rope
+        self._shape = (*caches[0].shape[:2], layers[0].row_width)
+        for i, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
+            if (layer.dtype, layer.hidden, layer.rope) != (self._dtype, self._hidden, self._rope):
+                raise ValueError(f"layers[{i}]: must have the sizes and the dtype of layers[0]")
+            if cache.shape != self._shape or cache.dtype != self._dtype:
+                raise ValueError(
+                    f"caches[{i}]: {cache.dtype} {tuple(cache.shape)} must be {self._dtype} "
+                    f"{self._shape}"
+                )
+            if not cache.is_contiguous():
+                raise ValueError(f"caches[{i}]: strides {cache.stride()} must be contiguous")
+            if layer.returns_normed and layer is not layers[-1]:
+                raise ValueError(f"layers[{i}]: only the last may leave its experts to the caller")
+        self._num_tiers = max(layer.num_tiers for layer in layers)
+        self._returns_normed = layers[-1].returns_normed
+        self._kept = (tuple(layers), tuple(caches))  # alive: C++ has pointers
+        pointers = ctypes.c_void_p * len(layers)
+        self._layers = pointers(*(ctypes.addressof(layer.struct) for layer in layers))
+        self._caches = pointers(*(cache.data_ptr() for cache in caches))
+        self._run = layers[0].library.dvpa_cpu_layers
+        self._choice = (ISAS.index(layers[0].isa), FORMATS[self._dtype])
+        arrays = (self._layers, self._caches)
+        self._operands = (len(layers), *(ctypes.addressof(array) for array in arrays))
+
+    def __call__(
+        self, hidden: Tensor, rows: DecodeRows, threads: int | None = None
+    ) -> Tensor | None:
+        """Overwrite `hidden` [T, D], contiguous, and the rows' places in the caches.
+
+        `threads`: at most so many; else PyTorch's number.
 
         Returns:
-            [T, D], the routed experts' input, if the layer was made to return it.
+            [T, D], the input of the last layer's experts, if they are the caller's.
 
         Raises:
             ValueError: tensors that do not fit, or an index out of range; nothing was written.
             MemoryError: no room for the intermediate results.
         """
-        dtype, pages = self._dtype, cache.shape
+        dtype = self._dtype
         if hidden.shape != (rows.count, self._hidden) or hidden.dtype != dtype:
             raise ValueError(
                 f"hidden: {hidden.dtype} {tuple(hidden.shape)} must be {dtype} "
                 f"{(rows.count, self._hidden)}"
             )
-        if len(pages) != 3 or pages[2] != self._row or cache.dtype != dtype:
-            raise ValueError(
-                f"cache: {cache.dtype} {tuple(pages)} must be {dtype} "
-                f"[num_pages, page_size, {self._row}]"
-            )
+        if not hidden.is_contiguous():
+            raise ValueError(f"hidden: strides {hidden.stride()} must be contiguous")
         if rows.dtype != dtype or rows.rope != self._rope:
             raise ValueError(
                 f"cos: {rows.dtype} [T, {rows.rope}] must be {dtype} [T, {self._rope}]"
-            )
-        if not (hidden.is_contiguous() and cache.is_contiguous()):
-            raise ValueError(
-                f"hidden, cache: strides {hidden.stride()}, {cache.stride()} must be contiguous"
             )
         normed = torch.empty_like(hidden) if self._returns_normed else None
         threads = threads or torch.get_num_threads()
@@ -184,12 +217,10 @@ class DecodeLayer:
             fault = self._run(
                 *self._choice,
                 threads,
-                self._address,
+                *self._operands,
                 rows.address,
-                pages[0],
-                pages[1],
+                *self._shape[:2],
                 hidden.data_ptr(),
-                cache.data_ptr(),
                 None if normed is None else normed.data_ptr(),
                 memory.data_ptr(),
                 memory.numel(),
@@ -203,8 +234,8 @@ class DecodeLayer:
                 rows.count,
                 sequences=rows.sequences,
                 pages=rows.pages,
-                page_size=pages[1],
-                cache_pages=pages[0],
+                page_size=self._shape[1],
+                cache_pages=self._shape[0],
                 tiers=self._num_tiers,
             )
         return normed

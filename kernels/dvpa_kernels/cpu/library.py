@@ -128,8 +128,9 @@ def _declare(library: ctypes.CDLL) -> None:
     library.dvpa_cpu_route.argtypes = [*choices, *[size] * 5, *[pointer] * 7]
     library.dvpa_cpu_latent_rows.argtypes = [*choices, *[size] * 8, ctypes.c_float, ctypes.c_int]
     library.dvpa_cpu_latent_rows.argtypes += [pointer] * 8
-    library.dvpa_cpu_layer.argtypes = [*choices, *[pointer] * 2, *[size] * 2, *[pointer] * 4, size]
-    library.dvpa_cpu_layer.restype = size
+    library.dvpa_cpu_layers.argtypes = [*choices, size, *[pointer] * 3, *[size] * 2]
+    library.dvpa_cpu_layers.argtypes += [*[pointer] * 3, size]
+    library.dvpa_cpu_layers.restype = size
 
 
 def _open(links_openmp: bool) -> tuple[ctypes.CDLL, Path]:
