@@ -35,7 +35,7 @@ class DvpaConfig(Architecture, PreTrainedConfig):
     """
 
     model_type = "dvpa"
-    keys_to_ignore_at_inference = ("past_key_values", "routing")
+    keys_to_ignore_at_inference = ("past_key_values", "cache", "routing")
     attribute_map = {"num_local_experts": "n_routed_experts"}  # noqa: RUF012 (Transformers' contract)
 
     def __post_init__(self, **kwargs: Any) -> None:

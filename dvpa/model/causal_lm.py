@@ -18,9 +18,11 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.utils import ModelOutput, cached_file
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import cached_file
 
 from dvpa.config import DvpaConfig
+from dvpa.model.cache_name import CACHE_NAME
 from dvpa.model.decoder import DvpaModel, DvpaPreTrainedModel
 from dvpa.model.difficulty import DifficultyHead, HeadOutput, last_position
 from dvpa.model.loading import find_problem
@@ -38,17 +40,14 @@ register_checkpoint_conversion_mapping(
 
 
 @dataclass
-class DvpaOutput(ModelOutput):
+class DvpaOutput(CausalLMOutputWithPast):
     """Output of `DvpaForCausalLM.forward`.
 
-    `loss` scalar; `logits` [B, S, vocab]; `difficulty` [B] where the model scored the prompt
-    itself; `tiers` int64 [B] or [B, S]; `routing` one record per MoE layer.
+    `loss` scalar; `logits` [B, S, vocab]; the cache as `past_key_values` (from Transformers 5.24 on
+    also `cache`); `difficulty` [B] where the model scored the prompt itself; `tiers` int64 [B] or
+    [B, S]; `routing` one record per MoE layer.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
     difficulty: Tensor | None = None
     tiers: Tensor | None = None
     routing: tuple[Routing, ...] | None = None
@@ -96,6 +95,7 @@ class DvpaForCausalLM(DvpaPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> DvpaOutput | tuple[Any, ...]:
         """Logits of every position at the given tiers.
@@ -106,6 +106,7 @@ class DvpaForCausalLM(DvpaPreTrainedModel, GenerationMixin):
                 difficulty head and the policy decide per sequence.
             labels: int64 [B, S], -100 ignored; shifted inside, as everywhere in Transformers.
             logits_to_keep: only the last n positions (0: all), or the given positions.
+            past_key_values, cache: two names of one argument, see `cache_name`.
 
         Raises:
             ValueError: unknown tier, or shapes that do not fit.
@@ -124,7 +125,7 @@ class DvpaForCausalLM(DvpaPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             tiers=self.config.tier_index(tiers) if isinstance(tiers, str) else tiers,
             choose=choose,
@@ -140,7 +141,7 @@ class DvpaForCausalLM(DvpaPreTrainedModel, GenerationMixin):
         result = DvpaOutput(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
+            **{CACHE_NAME: out.past_key_values},
             hidden_states=out.layer_states,
             difficulty=scored[0].difficulty if scored else None,
             tiers=out.tiers,

@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from dvpa.config import DvpaConfig
 from dvpa.model.attention import DvpaAttention, DvpaRMSNorm
+from dvpa.model.cache_name import CACHE_NAME
 from dvpa.model.difficulty import DifficultyHead
 from dvpa.model.experts import DvpaExperts, DvpaMLP, DvpaMoE
 from dvpa.model.precision import Fp32Buffers
@@ -89,7 +90,7 @@ class DvpaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DvpaDecoderLayer"]  # noqa: RUF012 (Transformers' contract)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = ["tier_bias"]  # noqa: RUF012
@@ -157,8 +158,8 @@ class DvpaModel(DvpaPreTrainedModel):
             config=self.config,
             inputs_embeds=hidden,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE_NAME: past_key_values},
         )
         shared = {
             "position_embeddings": self.rotary_emb(hidden, position_ids),
