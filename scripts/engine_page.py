@@ -63,6 +63,7 @@ def _throughput(result: Row) -> Part:
             f"**{row['contender']}**" if row["contender"] == "dvpa" else row["contender"],
             f"{row['tok_s']:.1f}" + (" (disturbed)" if row["is_disturbed"] else ""),
             f"{row['tok_cpu_s']:.1f}",
+            str(len(row["each_tok_s"])),
             f"{ours[row['concurrency']]['tok_s'] / row['tok_s']:.2f}",
         ]
         for row in sorted(rows, key=lambda row: (row["concurrency"], row["contender"]))
@@ -75,11 +76,13 @@ def _throughput(result: Row) -> Part:
         f"`python scripts/bench_engine.py --vllm-python ...`: a random model of "
         f"{model['total_params'] / 1e6:.0f}M parameters ({model['config']}), everyone at its top "
         f"tier, bf16, {result['threads']} threads, {result['input']} tokens in, "
-        f"{result['output']} out, greedy; output tokens over wall time, prompts included; median "
-        f"of {result['rounds']} interleaved rounds. First tokens equal to Transformers' (random "
-        f"weights: rounding decides ties): {agreement}.{left_out}"
+        f"{result['output']} out, greedy; output tokens over wall time, prompts included; medians "
+        f"of interleaved rounds, the slowest contenders in the first one only.{left_out}"
     )
-    return text, ["at a time", "engine", "tok/s", "tok/CPU-s", "dvpa is faster by"], body
+    if agreement:
+        text += f" First tokens like Transformers' (rounding decides near-ties): {agreement}."
+    head = ["at a time", "engine", "tok/s", "tok/CPU-s", "rounds", "dvpa is faster by"]
+    return text, head, body
 
 
 def _mixed(result: Row) -> Part:
