@@ -180,3 +180,32 @@ def test_telemetry_record_refuses_what_json_or_readers_cannot_take():
         replace(RECORD, difficulty=float("nan"))
     with pytest.raises(ValueError, match="decided_by: 'luck'"):
         replace(RECORD, decided_by="luck")
+
+
+CURVES = tuple(((0.0, 1.0), (1.0, low)) for low in (0.0, 0.2, 0.4, 0.6))
+
+
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_quality_gives_the_cheapest_tier_that_keeps_it(difficulty: float, quality: float) -> None:
+    decision = Policy(replace(MAP, calibration=CURVES)).decide(difficulty, quality=quality)
+    success = decision.success_by_tier
+    good = [tier for tier, p in enumerate(success) if p >= quality * success[-1]]
+    assert decision.tier == min(good)
+    assert decision.decided_by == "tier_map"
+
+
+def test_quality_gives_way_to_override_load_and_caps() -> None:
+    policy = Policy(replace(MAP, calibration=CURVES))
+    assert policy.decide(0.9, quality=0.0).tier == 0
+    assert policy.decide(0.9, quality=1.0).tier == 3
+    assert policy.decide(0.9, quality=1.0, tier=1).decided_by == "override"
+    assert policy.decide(0.9, quality=1.0, max_tier=2).decided_by == "cap"
+    assert policy.decide(0.9, quality=1.0, load=1.0).decided_by == "load"
+    assert policy.decide(None, quality=0.0).decided_by == "fallback"
+
+
+def test_quality_needs_a_calibration_and_a_share() -> None:
+    with pytest.raises(ValueError, match=r"quality: 0\.5 cannot be had"):
+        Policy(MAP).decide(0.5, quality=0.5)
+    with pytest.raises(ValueError, match=r"quality: 1\.5 must be in"):
+        Policy(replace(MAP, calibration=CURVES)).decide(0.5, quality=1.5)

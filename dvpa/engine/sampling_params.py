@@ -67,8 +67,9 @@ class SamplingParams:
     maps a token id to what is added to its logit. `stop` may be given as one string.
 
     dvpa's own: `tier`, `max_tier` and `min_tier` are names or indices, `tier` "auto" leaves the
-    choice to the policy. `timeout_s`: deadline in seconds after arrival. `session_id`: the unit of
-    affinity and fairness.
+    choice to the policy; `quality` then asks for the cheapest tier with at least that share of the
+    top tier's calibrated success (None: the tier map as fitted). `timeout_s`: deadline in seconds
+    after arrival. `session_id`: the unit of affinity and fairness.
 
     Raises:
         ValueError: the first field that is wrong, with its value and what is allowed.
@@ -98,6 +99,7 @@ class SamplingParams:
     tier: int | str = "auto"
     max_tier: int | str | None = None
     min_tier: int | str | None = None
+    quality: float | None = None
     allow_escalation: bool = True
     allow_degradation: bool = True
     timeout_s: float | None = None
@@ -120,6 +122,10 @@ class SamplingParams:
                 raise ValueError(f"{name}: {getattr(self, name)!r} must be true or false")
         if not (_is_number(self.top_p) and 0.0 < self.top_p <= 1.0):
             raise ValueError(f"top_p: {self.top_p!r} must be a number above 0, at most 1")
+        if self.quality is not None and not (
+            _is_number(self.quality) and 0.0 <= self.quality <= 1.0
+        ):
+            raise ValueError(f"quality: {self.quality!r} must be null or a number in 0 .. 1")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"min_tokens: {self.min_tokens} must be in 0 .. max_tokens = {self.max_tokens}"

@@ -4,7 +4,8 @@ Order, each step recorded only when it changes the tier:
 
 1. `override`: the client named a tier; load does not lower it. Otherwise `tier_map`, or `fallback`
    (the map's default tier) when the difficulty is missing, NaN or outside [0, 1], or when the map
-   is not fitted.
+   is not fitted. A client that asks for a `quality` gets the map's calibration instead of its cuts:
+   the cheapest tier whose calibrated success is at least that share of the top tier's.
 2. `load`: above `degrade_from` the highest tier still given falls linearly, to the base tier at
    load 1. Only the requests above that ceiling are lowered; the ones the map keeps cheap are not
    touched.
@@ -76,14 +77,16 @@ class Policy:
         tier: int | str | None = None,
         max_tier: int | str | None = None,
         min_tier: int | str | None = None,
+        quality: float | None = None,
         load: float = 0.0,
     ) -> Decision:
         """Decide one request.
 
         difficulty: the head's raw score; None, NaN or outside [0, 1] means fallback. tier: a name
         or index to override the map, None or "auto" to let it decide. max_tier, min_tier: names or
-        indices. load: 0 idle, 1 full (more is full too). ValueError for an unknown tier, min_tier
-        above max_tier, or a bad load.
+        indices. quality: share of the top tier's success to keep, in [0, 1]; None leaves it to the
+        map. load: 0 idle, 1 full (more is full too). ValueError for an unknown tier, min_tier
+        above max_tier, a bad load or quality, or a quality where the map has no calibration.
         """
         tier_map, names = self.tier_map, self.tier_map.tier_names
         highest = len(names) - 1 if max_tier is None else tier_index(max_tier, names, "max_tier")
@@ -92,6 +95,8 @@ class Policy:
             raise ValueError(f"min_tier: {min_tier!r} is above max_tier {max_tier!r}")
         if not (isfinite(load) and load >= 0.0):
             raise ValueError(f"load: {load} is not a finite number >= 0")
+        if quality is not None:
+            self.check_quality(quality)
         score = None if difficulty is None else float(difficulty)
         if score is not None and not 0.0 <= score <= 1.0:  # also true for NaN
             score = None
@@ -100,9 +105,13 @@ class Policy:
         if tier is not None and tier != "auto":
             chosen, decided_by = tier_index(tier, names), "override"
         else:
-            fell_back = score is None or not tier_map.is_fitted
+            fell_back = score is None or not (tier_map.is_fitted or quality is not None)
             if score is None or fell_back:
                 chosen, decided_by = tier_map.default_tier, "fallback"
+            elif quality is not None:
+                success = tier_map.success_by_tier(score)
+                chosen = next(t for t, p in enumerate(success) if p >= quality * success[-1])
+                decided_by = "tier_map"
             else:
                 chosen, decided_by = tier_map.tier(score), "tier_map"
             ceiling = self._load_ceiling(load)
@@ -123,6 +132,15 @@ class Policy:
             success_by_tier=() if score is None else tier_map.success_by_tier(score),
             thresholds=tier_map.thresholds,
         )
+
+    def check_quality(self, quality: float) -> None:
+        """ValueError if this share of the top tier's success cannot be asked for."""
+        if not 0.0 <= quality <= 1.0:
+            raise ValueError(f"quality: {quality} must be in 0 .. 1")
+        if not self.tier_map.calibration:
+            raise ValueError(
+                f"quality: {quality} cannot be had, the tier map has no calibrated success by tier"
+            )
 
     def _load_ceiling(self, load: float) -> int:
         """The highest tier given at this load."""
