@@ -70,6 +70,8 @@ class Admission:
         pairs = [(prompt, p or SamplingParams()) for prompt, p in zip(many, each, strict=True)]
         for _, one in pairs:
             one.check(self._vocab_size, self._tier_names)
+            if one.quality is not None and one.tier == "auto":
+                self.policy.check_quality(one.quality)
             if one.n > self._config.max_queue:
                 raise ValueError(f"n: {one.n} must be at most max_queue = {self._config.max_queue}")
         return [(self.encode(prompt, one), one) for prompt, one in pairs]
@@ -153,11 +155,14 @@ class Admission:
         if self._config.session_affinity and has_session:
             min_tier = max(min_tier or 0, self._sessions.get(params.session_id or "", 0))
             min_tier = min(min_tier, self.highest(params))
+        # The map may have been replaced by one without calibration while the request waited.
+        has_quality = params.tier == "auto" and bool(self.policy.tier_map.calibration)
         decision = self.policy.decide(
             difficulty,
             tier=params.tier,
             max_tier=params.max_tier,
             min_tier=min_tier,
+            quality=params.quality if has_quality else None,
             load=self._load() if params.allow_degradation else 0.0,
         )
         self._prefetch(decision.tier)
@@ -167,6 +172,8 @@ class Admission:
         """The session's next request gets no lower tier than this one, which has ended, had."""
         session = request.params.session_id
         if session is None or request.params.tier != "auto" or request.decision is None:
+            return
+        if request.only_routes:  # asking is not having had
             return
         self._sessions[session] = max(self._sessions.pop(session, 0), request.tier)
         while len(self._sessions) > MAX_SESSIONS:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from dvpa.config import DvpaConfig
+from dvpa.engine.config import EngineConfig
+from dvpa.engine.pages import PageAllocator
 
 
 class LatentCache:
@@ -44,3 +46,22 @@ def bytes_per_position(config: DvpaConfig, dtype: torch.dtype) -> int:
     """Bytes that one position takes in the cache, over all layers."""
     width = config.kv_lora_rank + config.qk_rope_head_dim
     return config.num_hidden_layers * width * dtype.itemsize
+
+
+def make_cache(
+    model_config: DvpaConfig, config: EngineConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[PageAllocator, LatentCache]:
+    """The pages that `cache_bytes` has room for, or fewer where fewer are ever needed.
+
+    Raises:
+        ValueError: there is no room for one page.
+    """
+    page_bytes = bytes_per_position(model_config, dtype) * config.page_size
+    longest = -(-model_config.max_position_embeddings // config.page_size)
+    num_pages = min(config.cache_bytes // page_bytes, config.max_num_seqs * longest)
+    if num_pages < 1:
+        raise ValueError(
+            f"cache_bytes: {config.cache_bytes} must be at least one page, {page_bytes}"
+        )
+    cache = LatentCache(model_config, num_pages, config.page_size, dtype, device)
+    return PageAllocator(num_pages, config.page_size), cache

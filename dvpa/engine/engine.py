@@ -7,14 +7,12 @@ One step runs at a time, in whatever thread asks for it. Requests may be added a
 any thread at any time.
 """
 
-import asyncio
 import logging
 import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,25 +22,25 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dvpa.engine.admission import Admission, Prompt
-from dvpa.engine.cache import LatentCache, bytes_per_position
+from dvpa.engine.cache import make_cache
 from dvpa.engine.config import EngineConfig
 from dvpa.engine.group_cache import GroupUnavailable
 from dvpa.engine.loading import load_model
 from dvpa.engine.outputs import Gathering, Piece, RequestOutput
-from dvpa.engine.pages import PageAllocator
 from dvpa.engine.progress import Progress
 from dvpa.engine.request import Request, Segment
 from dvpa.engine.runner import Runner, StepResult
 from dvpa.engine.sampler import Sampler
 from dvpa.engine.sampling_params import SamplingParams
 from dvpa.engine.scheduler import QueueFull, Scheduler
+from dvpa.engine.streams import Listener, Streams
 from dvpa.engine.telemetry import record
 from dvpa.model.causal_lm import DvpaForCausalLM
 from dvpa.pricing import price
 from dvpa.tiers.policy import Policy
+from dvpa.tiers.tier_map import TierMap
 
 logger = logging.getLogger(__name__)
-Listener = Callable[[Piece], None]
 
 
 class Engine:
@@ -80,7 +78,9 @@ class Engine:
         self._price = price(self.model.config)
         eos = self.model.generation_config.eos_token_id
         eos_token_ids = frozenset([eos] if isinstance(eos, int) else eos or ())
-        self.pages, cache = self._make_cache()
+        self.pages, cache = make_cache(
+            self.model.config, self.config, self.model.dtype, self.model.device
+        )
         self.runner = Runner(self.model, cache, None if self.store is None else self.store.experts)
         self.pages.on_allocate = self.runner.drop_page
         self.scheduler = Scheduler(
@@ -118,8 +118,7 @@ class Engine:
         self._is_closed = False
         self._books = threading.RLock()  # scheduler, requests, listeners; never held for a pass
         self._one_step = threading.Lock()
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="dvpa-engine")
-        self._driver: asyncio.Task[None] | None = None
+        self._streams = Streams(self)
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -130,10 +129,12 @@ class Engine:
         *,
         request_id: str | None = None,
         listener: Listener | None = None,
+        only_routes: bool = False,
     ) -> str:
         """Queue a prompt (text or token ids) and return the request's id.
 
-        `listener` is called with every `Piece`, from the thread that runs the step.
+        `listener` is called with every `Piece`, from the thread that runs the step. With
+        `only_routes` the request ends, with its telemetry, once its tier is decided.
 
         Raises:
             ValueError: an empty prompt or one that does not fit, an unknown token or tier, a
@@ -143,6 +144,8 @@ class Engine:
         """
         request_id = request_id or uuid.uuid4().hex
         [(token_ids, params)] = self.admission.pair([prompt], params)
+        if only_routes:
+            params = replace(params, n=1)
         with self._books:
             if self._is_closed:
                 raise RuntimeError("the engine is closed")
@@ -161,6 +164,10 @@ class Engine:
             for request in requests:
                 self.progress.begin(request, self.tokenizer, self.admission.highest(params))
                 self.scheduler.add(request)
+                request.only_routes = only_routes
+            if only_routes and not requests[0].scores:  # there is nothing to run
+                self.progress.end(requests[0], "stop")
+                self._deliver(requests)
         return request_id
 
     def cancel(self, request_id: str) -> bool:
@@ -259,37 +266,41 @@ class Engine:
             raise
         return [gathering.output() for gathering in gatherings]
 
-    async def stream(
+    def stream(
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
         request_id: str | None = None,
-    ) -> AsyncIterator[Piece]:
+        only_routes: bool = False,
+        after: Listener | None = None,
+    ) -> AsyncGenerator[Piece, None]:
         """Pieces of a completion as they come; leaving the loop early cancels the request.
 
-        Any number of streams share the steps, which run in a thread of the engine's own.
+        Any number of streams share the steps, which run in a thread of the engine's own. With
+        `only_routes` there is one piece, whose telemetry says what the policy decided. `after` is
+        called, in the event loop, with what comes once the loop has been left: the last pieces.
 
         Raises:
             ValueError, QueueFull: as in `add`.
         """
-        loop, news = asyncio.get_running_loop(), asyncio.Queue[Piece]()
 
-        def listener(piece: Piece) -> None:
-            loop.call_soon_threadsafe(news.put_nowait, piece)
+        def add(listener: Listener) -> tuple[str, int]:
+            added = self.add(
+                prompt, params, request_id=request_id, listener=listener, only_routes=only_routes
+            )
+            return added, 1 if only_routes or params is None else params.n
 
-        request_id = self.add(prompt, params, request_id=request_id, listener=listener)
-        left = (params or SamplingParams()).n
-        try:
-            while left:
-                if self._driver is None or self._driver.done():
-                    self._driver = loop.create_task(self._drive(loop))
-                piece = await self._next_piece(news)
-                left -= piece.finish_reason is not None
-                yield piece
-        finally:
-            if left:
-                self.cancel(request_id)
+        return self._streams.stream(add, after)
+
+    def set_tier_map(self, tier_map: TierMap) -> None:
+        """Decide by this map from now on; requests that have their tier keep it.
+
+        Raises:
+            ValueError: its tiers are not the model's.
+        """
+        self.model.tier_map = tier_map
+        self.policy.tier_map = tier_map
 
     def close(self) -> None:
         """Cancel everything and give back threads and files; the engine is not usable after it."""
@@ -297,7 +308,7 @@ class Engine:
             self._is_closed = True
             for request_id in list(self._requests):
                 self.cancel(request_id)
-        self._worker.shutdown(wait=True)
+        self._streams.close()
         with self._one_step:
             if self.store is not None:
                 self.store.close()
@@ -323,22 +334,6 @@ class Engine:
                 self.progress.apply(segments, outcome)
         except Exception as error:
             self.progress.abandon(segments, error)
-
-    async def _drive(self, loop: asyncio.AbstractEventLoop) -> None:
-        while self.has_work:
-            await loop.run_in_executor(self._worker, self.step)
-
-    async def _next_piece(self, news: "asyncio.Queue[Piece]") -> Piece:
-        """The next piece, or the driver's error if it has died of one."""
-        waiting = asyncio.ensure_future(news.get())
-        assert self._driver is not None
-        try:
-            await asyncio.wait({waiting, self._driver}, return_when=asyncio.FIRST_COMPLETED)
-            if not waiting.done():
-                self._driver.result()  # raises what ended it
-            return await waiting
-        finally:
-            waiting.cancel()
 
     def _deliver(self, touched: Sequence[Request]) -> list[Piece]:
         """Pieces of these requests, to their listeners too; forgets the ones that have ended."""
@@ -374,16 +369,3 @@ class Engine:
         if not siblings:
             del self._requests[request.request_id]
         self.admission.remember(request)
-
-    def _make_cache(self) -> tuple[PageAllocator, LatentCache]:
-        config, model = self.config, self.model.config
-        dtype, device = self.model.dtype, self.model.device
-        page_bytes = bytes_per_position(model, dtype) * config.page_size
-        ever_needed = config.max_num_seqs * -(-model.max_position_embeddings // config.page_size)
-        num_pages = min(config.cache_bytes // page_bytes, ever_needed)
-        if num_pages < 1:
-            raise ValueError(
-                f"cache_bytes: {config.cache_bytes} must be at least one page, {page_bytes}"
-            )
-        cache = LatentCache(model, num_pages, config.page_size, dtype, device)
-        return PageAllocator(num_pages, config.page_size), cache

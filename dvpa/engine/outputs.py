@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from dvpa.engine.sampling_params import SamplingParams
+from dvpa.tiers.policy import Decision
 from dvpa.tiers.record import TelemetryRecord
 
 
@@ -22,7 +23,8 @@ class Piece:
     """News of one completion: new tokens and text; with `finish_reason` it is the last one.
 
     `finish_reason`: stop | length | cancelled | timeout | error. `error` says what went wrong,
-    `telemetry` comes with the last piece.
+    `decision` comes with the first piece (None if it ended before there was one), `telemetry` with
+    the last.
     """
 
     request_id: str
@@ -32,6 +34,7 @@ class Piece:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None
     error: str | None = None
+    decision: Decision | None = None
     telemetry: TelemetryRecord | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 

@@ -39,6 +39,7 @@ class Live:
     token_ids: list[int] = field(default_factory=list)  # news since the last piece
     logprobs: list[TokenLogprob] = field(default_factory=list)
     text: str = ""
+    is_announced: bool = False  # a piece has gone out
 
 
 class Progress:
@@ -188,9 +189,10 @@ class Progress:
             logprobs=tuple(live.logprobs),
             finish_reason=request.finish_reason,
             error=request.error,
+            decision=None if live.is_announced else request.decision,
             prompt_logprobs=prompt_logprobs,
         )
-        live.text, live.token_ids, live.logprobs = "", [], []
+        live.text, live.token_ids, live.logprobs, live.is_announced = "", [], [], True
         return piece
 
     # -- one segment ------------------------------------------------------------------------------
@@ -217,6 +219,10 @@ class Progress:
         request.flops += self._price.head_flops_per_request
         request.scored = self._clock()
         decision = request.decision = self._decide(request, difficulty)
+        if request.only_routes:
+            request.tier = decision.tier
+            self.end(request, "stop")
+            return False
         if segment.part is Part.WHOLE:
             self._runner.forget(request)
             if decision.tier == 0:

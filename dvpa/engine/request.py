@@ -69,7 +69,8 @@ class Request:
 
     `scores`: the difficulty head is to read the prompt, and the policy to choose the tier; `tier`
     then is only a promise until `decision` is there. `leader` is the request that reads the same
-    prompt first, for the second and further of `n` completions.
+    prompt first, for the second and further of `n` completions. `only_routes`: it ends with the
+    policy's decision, nothing is generated.
     """
 
     request_id: str
@@ -82,6 +83,7 @@ class Request:
     index: int = 0
     scores: bool = False
     leader: "Request | None" = None
+    only_routes: bool = False
     tier: int = 0
     decision: Decision | None = None
 

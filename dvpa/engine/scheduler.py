@@ -60,6 +60,7 @@ class Scheduler:
         self.read_at_base = read_at_base
         self.prefix_caching = prefix_caching
         self.num_preemptions = 0
+        self.num_prompt_tokens = self.num_cached_tokens = 0  # of admitted requests
         self.running: list[Request] = []  # in the order of admission
         self._has_probe = has_probe
         self._preempted: deque[Request] = deque()
@@ -283,6 +284,8 @@ class Scheduler:
                 self._sessions[session] = rest
         request.pages = list(matched)
         self._take_known(request, len(matched))
+        self.num_prompt_tokens += len(request.prompt_token_ids)
+        self.num_cached_tokens += request.num_computed
         request.num_probed = request.num_computed
         request.is_running = True
         self.running.append(request)
