@@ -54,6 +54,7 @@ logger = logging.getLogger(__name__)
 MIN_REQUESTS = 30  # below this an isotonic curve is noise
 ADVISED_REQUESTS = 500  # methods.md F6
 LOSS_TOLERANCE = 0.1  # the guard calls it a failure to be this much below the top tier
+HISTOGRAM_BINS = 20
 _GUARD_CUTS = 16  # candidate cuts per tier; the bounds are corrected for trying all of them
 _QUALITY_STEPS = 100  # budgets tried for min_quality
 
@@ -313,11 +314,18 @@ def _statistics(tier_map: TierMap, fit: Split, calibrate: Split) -> dict[str, An
         "quality_by_tier": quality.mean(axis=0).tolist(),
         "tier_shares": [n / len(tiers) for n in count],
         "loss_by_tier": [k / n if n else 0.0 for k, n in zip(lost, count, strict=True)],
+        "difficulty_histogram": _histogram(calibrate.difficulty),
         "ece_by_tier": [
             expected_calibration_error(success[:, t], quality[:, t]) for t in range(num_tiers)
         ],
         "brier_by_tier": [brier_score(success[:, t], quality[:, t]) for t in range(num_tiers)],
     }
+
+
+def _histogram(difficulty: Floats) -> list[int]:
+    """Counts in HISTOGRAM_BINS equal bins of [0, 1]: what traffic is held against later."""
+    counts, _ = np.histogram(difficulty, bins=HISTOGRAM_BINS, range=(0.0, 1.0))
+    return [int(count) for count in counts]
 
 
 def _paired(p: npt.ArrayLike, outcome: npt.ArrayLike) -> tuple[Floats, Floats]:
