@@ -57,10 +57,13 @@ class Streams:
             else:
                 after(piece)
 
+        def listener(piece: Piece) -> None:
+            loop.call_soon_threadsafe(take, piece)
+
         request_id, left = "", 0
         self._open.add(news)
         try:
-            request_id, left = add(lambda piece: loop.call_soon_threadsafe(take, piece))
+            request_id, left = add(listener)
             while left:
                 if self._driver is None or self._driver.done():
                     self._driver = loop.create_task(self._drive(loop))
