@@ -157,6 +157,24 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--tier", required=True, help="a tier's name or index")
     export.add_argument("out", metavar="OUT", type=Path, help="a new folder")
 
+    serve = add(
+        "serve",
+        run.serve,
+        "OpenAI-compatible server with tier telemetry, metrics and a dashboard",
+        "runs/demo/checkpoint --port 8000",
+    )
+    serve.add_argument("checkpoint", metavar="CKPT", type=Path, help="a dvpa checkpoint")
+    serve.add_argument("--config", metavar="FILE", help="settings, see configs/serve/default.yaml")
+    serve.add_argument("--host", help="default: 127.0.0.1")
+    serve.add_argument("--port", type=_natural, help="default: 8000; 0: any free one")
+    serve.add_argument("--model-name", help="default: the checkpoint folder's name")
+    serve.add_argument("--dtype", help="bfloat16, float16, float32 (default: as stored)")
+    serve.add_argument("--threads", type=_positive, help="CPU threads (default: PyTorch's)")
+    serve.add_argument("--api-key-file", metavar="FILE", help="one key a line")
+    serve.add_argument(
+        "--ray", type=_positive, metavar="N", help="N replicas on Ray Serve (needs dvpa[ray])"
+    )
+
     bench = add(
         "bench",
         run.bench,

@@ -115,6 +115,29 @@ def export(arguments: argparse.Namespace) -> None:
     console().print(f"deepseek_v3 checkpoint of tier {arguments.tier}: {arguments.out}")
 
 
+def serve(arguments: argparse.Namespace) -> None:
+    """Answer requests over HTTP until a signal comes."""
+    _require_checkpoint(arguments.checkpoint)
+    from dvpa.server.config import load_serve_config
+
+    names = ("host", "port", "model_name", "dtype", "threads", "api_key_file")
+    config = load_serve_config(
+        arguments.config, **{name: getattr(arguments, name) for name in names}
+    )
+    with _quiet_transformers(), _reading(arguments.checkpoint):
+        if arguments.ray is not None:
+            from dvpa.server.ray_app import run as run_ray
+
+            run_ray(arguments.checkpoint, config, arguments.ray)
+            return
+        from dvpa.server.main import run
+
+        def announce(url: str) -> None:
+            console().print(f"{arguments.checkpoint}: {url} (dashboard), {url}/v1 (API)")
+
+        run(arguments.checkpoint, config, announce)
+
+
 def bench(arguments: argparse.Namespace) -> None:
     """Measure the engine on a checkpoint."""
     _require_checkpoint(arguments.checkpoint)

@@ -41,6 +41,7 @@ RANKS = {
 # Training never meets serving: two programs over one model.
 CLOSED_TO_TRAINING = {"dvpa.engine", "dvpa.server", "dvpa.cli", "dvpa.__main__"}
 TORCH = {"torch", "lightning", "transformers", "safetensors"}
+HTTP = {"fastapi", "pydantic", "starlette", "uvicorn", "sse_starlette", "prometheus_client"}
 TORCH_FREE = ("dvpa.pricing", "dvpa.tiers")
 
 
@@ -214,6 +215,13 @@ def test_torch_free_files_name_no_torch() -> None:
         names = {name.split(".")[0] for name in imported_names(path.read_text(), module)}
         if module.startswith(TORCH_FREE):
             assert not names & TORCH, module
+
+
+def test_only_the_server_knows_http() -> None:
+    for module, path in sources():
+        names = {name.split(".")[0] for name in imported_names(path.read_text(), module)}
+        if not module.startswith("dvpa.server"):
+            assert not names & HTTP, module
 
 
 def test_config_and_tasks_import_no_torch_at_their_top_level() -> None:
