@@ -44,7 +44,7 @@ EOS = 2
 BYTES = slice(4, 260)  # ids of the byte tokens
 ENGINE = {"max_num_seqs": 8, "page_size": 8}
 ENDLESS = {"max_tokens": 3000, "logit_bias": {str(EOS): -100}}
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0  # a machine that others use is slow to start a process
 T = TypeVar("T")
 
 

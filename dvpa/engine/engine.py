@@ -35,6 +35,7 @@ from dvpa.engine.sampling_params import SamplingParams
 from dvpa.engine.scheduler import QueueFull, Scheduler
 from dvpa.engine.streams import Listener, Streams
 from dvpa.engine.telemetry import record
+from dvpa.engine.trace import trace
 from dvpa.model.causal_lm import DvpaForCausalLM
 from dvpa.pricing import price
 from dvpa.tiers.policy import Policy
@@ -357,8 +358,8 @@ class Engine:
         try:
             if listener is not None:
                 listener(piece)
-        except Exception:
-            logger.exception("listener of request %s", piece.request_id)
+        except Exception as error:
+            logger.error("listener of request %s: %s", piece.request_id, trace(error))
             del self._listeners[piece.request_id]
             for request in self._requests.get(piece.request_id, ()):
                 request.cancel_wanted = True

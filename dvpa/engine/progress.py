@@ -20,6 +20,7 @@ from dvpa.engine.sampler import Sampled, Sampler, SampleRow, logprobs
 from dvpa.engine.sampling_params import SamplingParams
 from dvpa.engine.scheduler import Scheduler
 from dvpa.engine.speculation import draft_token, verify
+from dvpa.engine.trace import trace
 from dvpa.pricing import ModelPrice
 from dvpa.tiers.policy import Decision
 
@@ -133,7 +134,7 @@ class Progress:
 
     def abandon(self, segments: Sequence[Segment], error: Exception) -> None:
         """The step came to nothing: its requests end, the engine goes on."""
-        logger.error("step abandoned", exc_info=error)
+        logger.error("step abandoned: %s", trace(error))
         for segment in segments:
             if segment.request.finish_reason is None:
                 self.num_failed += 1

@@ -1,5 +1,6 @@
 """`create_app`: the FastAPI application over a backend. What runs it is in main.py."""
 
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -36,6 +37,7 @@ def create_app(
         on_startup: called in the event loop once it runs.
     """
     config = config or ServeConfig()
+    logging.getLogger("sse_starlette").setLevel(logging.INFO)  # its DEBUG shows what is sent
     server = Server(config, tier_map_file)
     if backend is not None:
         server.ready(backend)

@@ -55,7 +55,7 @@ class ServeConfig:
         _check_whole("port", self.port, 0, 65535)
         for name in ("max_body_bytes", "max_connections", "max_n", "retry_after_s"):
             _check_whole(name, getattr(self, name), 1, 2**40)
-        _check_whole("telemetry_size", self.telemetry_size, 1, 100_000)
+        _check_whole("telemetry_size", self.telemetry_size, 1, 10_000)
         for name in ("threads", "max_output_tokens"):
             if getattr(self, name) is not None:
                 _check_whole(name, getattr(self, name), 1, 2**31)

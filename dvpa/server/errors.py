@@ -28,7 +28,10 @@ MAX_MESSAGE = 500  # what a client sent is quoted in part only
 
 
 class ApiError(Exception):
-    """An answer other than what was asked for. `reason` is what the metrics count it under."""
+    """An answer other than what was asked for. `reason` is what the metrics count it under.
+
+    `is_counted`: a completion has ended this way, and the metrics have it already.
+    """
 
     def __init__(
         self,
@@ -39,10 +42,12 @@ class ApiError(Exception):
         code: str | None = None,
         reason: str = "bad_request",
         headers: Mapping[str, str] | None = None,
+        is_counted: bool = False,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
         self.reason, self.headers = reason, dict(headers or {})
+        self.is_counted = is_counted
 
 
 def error_body(
@@ -134,7 +139,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> JSONResponse:
-        rejected(request, error.reason, error.status)
+        if not error.is_counted:
+            rejected(request, error.reason, error.status)
         return error_response(error.status, error.message, error.param, error.code, error.headers)
 
     @app.exception_handler(RequestValidationError)

@@ -151,7 +151,8 @@ async def _chunks(
             if piece.text or piece.logprobs or piece.finish_reason is not None:
                 yield _event(shape.chunk(choice, piece, created))
     except ApiError as error:
-        job.server.rejected(job.endpoint, error.reason, error.status)
+        if not error.is_counted:
+            job.server.rejected(job.endpoint, error.reason, error.status)
         yield f"data: {sse_error(error.status, error.message)}\n\n".encode()
     else:
         if has_usage:

@@ -140,7 +140,7 @@ class Job:
                 endpoint=self.endpoint,
                 is_stream=self.is_stream,
                 model=self.model,
-                status=200 if choice in self._last_token else 503,
+                status=self._status(choice, piece),
                 finished_at=time.time(),
                 max_tokens=self.params.max_tokens or 0,
                 n=self.params.n,
@@ -175,6 +175,12 @@ class Job:
                 usage["dvpa"]["explanation"] = explain(records[0], self.server.backend.info)
         return usage
 
+    def _status(self, choice: int, piece: Piece) -> int:
+        """What the client gets; a stream that has begun is a 200, whatever becomes of it."""
+        if piece.finish_reason == "error" and not (self.is_stream and self._last_token):
+            return self._failure(piece).status
+        return 200 if choice in self._last_token or piece.finish_reason == "stop" else 503
+
     def _raise_for(self, choice: int, piece: Piece) -> None:
         """ApiError for a choice that has come to nothing."""
         reason = piece.finish_reason
@@ -193,6 +199,7 @@ class Job:
             code="generation_failed",
             reason="error",
             headers=headers,
+            is_counted=True,
         )
 
     def _too_late(self, reason: str) -> ApiError:
@@ -203,6 +210,7 @@ class Job:
             code=reason,
             reason=reason,
             headers={"Retry-After": str(self.server.config.retry_after_s)},
+            is_counted=True,
         )
 
 

@@ -8,12 +8,12 @@ import asyncio
 import hashlib
 import hmac
 import logging
-import traceback
 from collections.abc import Sequence
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dvpa.engine.trace import trace
 from dvpa.server.config import ServeConfig
 from dvpa.server.errors import error_response
 from dvpa.server.lifecycle import Server
@@ -21,7 +21,7 @@ from dvpa.server.lifecycle import Server
 logger = logging.getLogger(__name__)
 OPEN_PATHS = {"/", "/health", "/ready", "/openapi.json"}
 OPEN_PREFIX = "/static/"
-METRICS = "/metrics"
+METRICS, HEALTH = "/metrics", "/health"
 SECURITY_HEADERS = {
     "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'self'; "
     "frame-ancestors 'none'; object-src 'none'",
@@ -71,22 +71,28 @@ class Limits:
         self._server = server
         self._config = config
         self._keys = Keys(config.api_keys)
+        self._num_open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         answer = _Answer(send)
+        self._num_open += 1
         try:
+            if self._num_open > self._config.max_connections and scope["path"] != HEALTH:
+                text = "too many requests are open; try again later"
+                await self._refuse(scope, receive, answer, 503, "too_many", text)
+                return
             await self._admit(scope, receive, answer)
         except Exception as error:
-            # Where it happened, never what: a message may quote what the client sent.
-            where = "".join(traceback.format_tb(error.__traceback__))
-            logger.error("internal error: %s\n%s", type(error).__name__, where)
+            logger.error("internal error: %s", trace(error))
             if answer.has_begun:  # it must not look as if it were whole
                 raise BrokenOff(type(error).__name__) from None
             text = f"internal error: {type(error).__name__}"
             await self._refuse(scope, receive, answer, 500, "internal_error", text)
+        finally:
+            self._num_open -= 1
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         if (
@@ -137,6 +143,8 @@ class Limits:
     ) -> None:
         self._server.rejected("other", reason, status)
         headers = {"www-authenticate": "Bearer"} if status == 401 else {"connection": "close"}
+        if status == 503:
+            headers["retry-after"] = str(self._config.retry_after_s)
         response = error_response(status, text, code=reason, headers=headers)
         await response(scope, receive, send)
 

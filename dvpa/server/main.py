@@ -97,7 +97,8 @@ class ServerProcess(uvicorn.Server):
                 log_level="warning",
                 access_log=False,
                 server_header=False,
-                limit_concurrency=config.max_connections,
+                # Idle connections count here, too; requests are counted, and refused, by `Limits`.
+                limit_concurrency=2 * config.max_connections,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 h11_max_incomplete_event_size=MAX_HEADER_BYTES,
                 # Ours has waited already; what is left then is cancelled.
