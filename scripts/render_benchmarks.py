@@ -9,6 +9,7 @@ from typing import Any
 
 import engine_page
 import escalation_page
+import server_page
 from kernel_page import FIGURE, fit_lines, introduction, kernel_parts, linear_png
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
@@ -218,12 +219,27 @@ def render_escalation(result: dict[str, Any]) -> str:
     return "\n\n".join([*parts, machine(result["environment"])])
 
 
+def render_server(result: dict[str, Any]) -> str:
+    """What HTTP costs."""
+    text, head, rows = server_page.overhead_part(result)
+    where = machine({**result["machine"], **result["versions"]})
+    return "\n\n".join(["## What the server costs", text, table(head, rows), where])
+
+
+def render_overload(result: dict[str, Any]) -> str:
+    """Overload, SIGTERM, kill -9."""
+    where = machine({**result["machine"], **result["versions"]})
+    return "\n\n".join(["## The server under overload", server_page.overload_text(result), where])
+
+
 RENDERERS = {
     "demo": render_demo,
     "words": render_words,
     "tiers": render_tiers,
     "engine": render_engine,
     "engine_soak": render_soak,
+    "server": render_server,
+    "server_overload": render_overload,
     "escalation": render_escalation,
     "speculation": render_speculation,
     "kernels_cpu": render_kernels,
