@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextIteratorStr
 from transformers.cache_utils import DynamicCache
 
 from dvpa.config import DvpaConfig
+from dvpa.model.cache_name import CACHE_NAME
 from dvpa.model.causal_lm import DvpaForCausalLM
 from dvpa.pricing import price
 from dvpa.tasks import encoding
@@ -35,6 +36,40 @@ class Answer:
     text: str
     token_ids: list[int]
     telemetry: TelemetryRecord
+
+
+class _Words(TextIteratorStreamer):
+    """Streams whole words only, so that what has gone out never reads otherwise later.
+
+    One invalid byte turns the run of byte tokens that it is in into replacement characters; a space
+    ends such a run. Transformers' own streamer, from 5.24 on, does not wait for it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, **decode_kwargs: Any) -> None:
+        super().__init__(tokenizer, skip_prompt=True, **decode_kwargs)
+        self._token_ids: list[int] = []
+        self._is_prompt = True
+        self._sent = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt first, then each new token."""
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        self._token_ids.extend(value.flatten().tolist())
+        text = self._text()
+        self._send(text[: text.rfind(" ") + 1], False)
+
+    def end(self) -> None:
+        """What is left."""
+        self._send(self._text(), True)
+
+    def _text(self) -> str:
+        return str(self.tokenizer.decode(self._token_ids, **self.decode_kwargs))
+
+    def _send(self, text: str, is_end: bool) -> None:
+        news, self._sent = text[self._sent :], max(self._sent, len(text))
+        self.on_finalized_text(news, stream_end=is_end)
 
 
 def load(checkpoint: str | Path) -> tuple[DvpaForCausalLM, PreTrainedTokenizerBase]:
@@ -131,7 +166,7 @@ def stream(
     decision = model.policy.decide(difficulty, tier=tier)
     if decision.decided_by == "fallback" or input_ids.shape[1] == 1:
         cache = None
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = _Words(tokenizer, skip_special_tokens=True)
     result: list[torch.Tensor | BaseException] = []
 
     def decode() -> None:
@@ -143,8 +178,7 @@ def stream(
                     tiers=torch.tensor([decision.tier], device=input_ids.device),
                     max_new_tokens=min(max_new_tokens, room),
                     streamer=streamer,
-                    past_key_values=cache,
-                    **{"do_sample": False, **sampling},
+                    **{CACHE_NAME: cache, "do_sample": False, **sampling},
                 )
             )
         except BaseException as error:

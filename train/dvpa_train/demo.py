@@ -21,6 +21,7 @@ from rich.console import Console
 from dvpa.evaluate.report import aggregate_reports, build_report, write_report
 from dvpa.model import DvpaForCausalLM
 from dvpa.model.answer import answer, read_prompt
+from dvpa.model.cache_name import CACHE_NAME
 from dvpa.pricing import price
 from dvpa.tasks import Task
 from dvpa.tasks.encoding import encode_tasks
@@ -156,7 +157,7 @@ def measure_ms(trained: TrainedRun, requests: int = 10, rounds: int = 3) -> dict
                         prompt,
                         attention_mask=torch.ones_like(prompt),
                         tiers=tier,
-                        past_key_values=read(model, prompt),
+                        **{CACHE_NAME: read(model, prompt)},
                         max_new_tokens=MAX_ANSWER_TOKENS,
                         do_sample=False,
                     )
