@@ -116,7 +116,9 @@ def test_every_config_folder_is_shipped() -> None:
     folders = {path.parent for path in (REPOSITORY / "configs").rglob("*.yaml")}
     for folder in folders:
         relative = folder.relative_to(REPOSITORY)
-        assert shipped.get(f"share/dvpa/{relative}") == [f"{relative}/*.yaml"]
+        kinds = {path.suffix for path in folder.iterdir() if path.is_file()}
+        expected = sorted(f"{relative}/*{kind}" for kind in kinds)
+        assert sorted(shipped.get(f"share/dvpa/{relative}", [])) == expected
 
 
 def test_forbidden_files_do_not_exist() -> None:

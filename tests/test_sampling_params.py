@@ -85,6 +85,7 @@ WRONG = {
     "tier": ["", -1, None, True, 1.0],
     "max_tier": ["", -1, True],
     "min_tier": ["", -1, True],
+    "quality": [-0.1, 1.1, float("nan"), True, "0.5"],
     "allow_escalation": [1, None],
     "allow_degradation": ["no"],
     "timeout_s": [0, -1.0, float("nan"), float("inf"), True, "5"],

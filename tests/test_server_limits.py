@@ -9,6 +9,7 @@ import pytest
 from server_world import (
     ENDLESS,
     QUESTION,
+    Reply,
     World,
     body_of,
     get_bytes,
@@ -153,13 +154,27 @@ def test_a_slow_second_request_is_cut_off_too(tight: World) -> None:
 
 def test_connections_are_bounded_and_come_free_again() -> None:
     with serving(max_connections=4, header_timeout_s=1.0) as world:
-        silent = [world.connect() for _ in range(6)]
-        until(lambda: len(world.process.server_state.connections) == 6, "six connections")
+        silent = [world.connect() for _ in range(10)]  # twice as many as requests may be
+        until(lambda: len(world.process.server_state.connections) == 10, "ten connections")
         assert status(world.raw(get_bytes("/health"))) == 503
         for connection in silent:
             assert read_all(connection) == b""
             connection.close()
         assert status(world.raw(get_bytes("/health"))) == 200
+
+
+def test_requests_are_bounded_but_not_health() -> None:
+    with serving(max_connections=2, retry_after_s=3) as world:
+        body = {"prompt": QUESTION, **ENDLESS, "stream": True}
+        running = [Reply(world.port, "/v1/completions", body, {}).first() for _ in range(2)]
+        with world.http() as client:
+            refused = client.get("/v1/models")
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "3")
+            assert refused.json()["error"]["code"] == "too_many"
+            assert client.get("/health").status_code == 200
+        for reply in running:
+            reply.leave()
+        world.idle()
 
 
 def test_a_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

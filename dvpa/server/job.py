@@ -22,6 +22,8 @@ from dvpa.tiers.policy import Decision
 from dvpa.tiers.record import TelemetryRecord
 
 T = TypeVar("T")
+# Of the errors' texts: a group that cannot be read, a replica that is gone.
+PASSING = ("cannot be read", "replica")
 Numbered = tuple[int, Piece]  # choice of the answer, piece
 
 
@@ -191,7 +193,7 @@ class Job:
 
     def _failure(self, piece: Piece) -> ApiError:
         # A missing expert group may be there again later; a model that gives NaN will again.
-        status = 503 if "cannot be read" in (piece.error or "") else 500
+        status = 503 if any(mark in (piece.error or "") for mark in PASSING) else 500
         headers = {"Retry-After": str(self.server.config.retry_after_s)} if status == 503 else {}
         return ApiError(
             status,
