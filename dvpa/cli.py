@@ -174,6 +174,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--ray", type=_positive, metavar="N", help="N replicas on Ray Serve (needs dvpa[ray])"
     )
+    serve.add_argument(
+        "--ray-max", type=_positive, metavar="M", help="let load bring up to M replicas"
+    )
 
     bench = add(
         "bench",

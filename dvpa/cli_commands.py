@@ -124,16 +124,19 @@ def serve(arguments: argparse.Namespace) -> None:
     config = load_serve_config(
         arguments.config, **{name: getattr(arguments, name) for name in names}
     )
+    if arguments.ray_max is not None and (arguments.ray or 0) > arguments.ray_max:
+        raise ValueError(f"--ray-max: {arguments.ray_max} must be at least --ray")
+
+    def announce(url: str) -> None:
+        console().print(f"{arguments.checkpoint}: {url} (dashboard), {url}/v1 (API)")
+
     with _quiet_transformers(), _reading(arguments.checkpoint):
         if arguments.ray is not None:
             from dvpa.server.ray_app import run as run_ray
 
-            run_ray(arguments.checkpoint, config, arguments.ray)
+            run_ray(arguments.checkpoint, config, arguments.ray, arguments.ray_max, announce)
             return
         from dvpa.server.main import run
-
-        def announce(url: str) -> None:
-            console().print(f"{arguments.checkpoint}: {url} (dashboard), {url}/v1 (API)")
 
         run(arguments.checkpoint, config, announce)
 
