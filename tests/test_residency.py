@@ -109,8 +109,8 @@ def wait_until(done: Callable[[], bool]) -> None:
 def assert_same(left: torch.Tensor, right: torch.Tensor) -> None:
     """Bitwise with the kernel; F.grouped_mm sums in the arena's order.
 
-    The latter runs without a compiler, and where the kernel hands over: fp32 with some rows for each
-    expert on AVX2 and below.
+    The latter runs without a compiler, and where the kernel hands over: fp32 with some rows for
+    each expert, on AVX2 and below.
     """
     isa = status().isa
     if isa is None or max_rows_per_expert(isa, left.dtype) < 64:
