@@ -314,6 +314,23 @@ def test_health_ready_metrics_telemetry(client: TestClient) -> None:
     assert client.get("/v1/dvpa/telemetry", params={"limit": -1}).status_code == 400
 
 
+def test_regions_say_where_each_tier_begins(client: TestClient, engine: Engine) -> None:
+    regions = client.get("/v1/dvpa/tiers").json()["tier_map"]["regions"]
+    assert [region["tier"] for region in regions] == [0, 1, 2]
+    assert [region["from"] for region in regions] == pytest.approx([0.0, 0.4, 0.6], abs=2e-3)
+
+
+def test_a_full_server_refuses_before_it_reads(engine: Engine) -> None:
+    app = create_app(LocalBackend(engine, "tiny"), ServeConfig(retry_after_s=7))
+    server, client = app.state.server, TestClient(app)
+    server.num_active = server.backend.capacity
+    answer = client.post(COMPLETE, content=b"{ not even JSON")
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "7")
+    assert client.post("/tokenize", json={"prompt": TEXT}).status_code == 200
+    server.num_active -= 1
+    assert client.post(COMPLETE, json={"prompt": TEXT, "max_tokens": 1}).status_code == 200
+
+
 def test_reload_needs_keys(client: TestClient) -> None:
     assert client.post("/v1/dvpa/reload").status_code == 403
 

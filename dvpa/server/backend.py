@@ -61,6 +61,11 @@ class Backend(Protocol):
 
     info: ModelInfo
 
+    @property
+    def capacity(self) -> int:
+        """Requests it can hold, running and waiting; 0 while nothing can run."""
+        ...
+
     def check(self, token_ids: Sequence[int], params: SamplingParams) -> None:
         """ValueError naming the field that the model cannot do."""
         ...
@@ -126,6 +131,10 @@ class LocalBackend:
         )
         self._admission: Admission = engine.admission
         self._running: dict[str, None] = {}
+
+    @property
+    def capacity(self) -> int:
+        return self.engine.config.max_num_seqs + self.engine.config.max_queue
 
     def check(self, token_ids: Sequence[int], params: SamplingParams) -> None:
         self._admission.pair([list(token_ids)], params)

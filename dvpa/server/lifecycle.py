@@ -74,6 +74,12 @@ class Server:
         self.telemetry.finished(event)
         self._tracing.finished(event)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether one more request would be refused: then it need not even be looked at."""
+        capacity = 0 if self._backend is None else self._backend.capacity
+        return 0 < capacity <= self.num_active
+
     def rejected(self, endpoint: str, reason: str, status: int) -> None:
         """Count an answer with an error."""
         if self._telemetry is None:

@@ -21,6 +21,7 @@ from dvpa.server.lifecycle import Server
 logger = logging.getLogger(__name__)
 OPEN_PATHS = {"/", "/health", "/ready", "/openapi.json"}
 OPEN_PREFIX = "/static/"
+GENERATING = {"/v1/completions", "/v1/chat/completions", "/v1/dvpa/route"}
 METRICS, HEALTH = "/metrics", "/health"
 SECURITY_HEADERS = {
     "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'self'; "
@@ -106,8 +107,14 @@ class Limits:
             await self._app(scope, receive, send)
             return
         body = await self._read(scope, receive, send)
-        if body is not None:
-            await self._app(scope, _replay(body, receive), send)
+        if body is None:
+            return
+        # Parsing and checking what will be refused anyway would take time from what runs.
+        if self._server.is_full and scope["path"] in GENERATING:
+            text = "the server is at its limit, try again later"
+            await self._refuse(scope, receive, send, 429, "queue_full", text)
+            return
+        await self._app(scope, _replay(body, receive), send)
 
     async def _read(self, scope: Scope, receive: Receive, send: Send) -> bytes | None:
         """The whole body; None once it has been refused, or the client has gone."""
@@ -142,8 +149,10 @@ class Limits:
         self, scope: Scope, receive: Receive, send: Send, status: int, reason: str, text: str
     ) -> None:
         self._server.rejected("other", reason, status)
-        headers = {"www-authenticate": "Bearer"} if status == 401 else {"connection": "close"}
-        if status == 503:
+        headers = {"www-authenticate": "Bearer"} if status == 401 else {}
+        if status in (408, 413):  # what is left of the body is not read
+            headers["connection"] = "close"
+        if status in (429, 503):
             headers["retry-after"] = str(self._config.retry_after_s)
         response = error_response(status, text, code=reason, headers=headers)
         await response(scope, receive, send)

@@ -6,6 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from dvpa.tiers.tier_map import TierMap
+
 logger = logging.getLogger(__name__)
 MAX_BYTES = 16 * 2**20
 
@@ -64,6 +68,14 @@ def frontier(report: Mapping[str, Any] | None) -> dict[str, Any] | None:
         logger.warning("the report's frontier is not shown: %s", type(error).__name__)
         return None
     return {**curves, "tiers": tiers, "routers": routers}
+
+
+def regions(tier_map: TierMap) -> list[dict[str, float | int]]:
+    """Where each tier begins on the scale of difficulty, to a thousandth; both kinds of maps."""
+    grid = np.linspace(0.0, 1.0, 1001)
+    tiers = tier_map.tiers(grid)
+    starts = [0, *(np.flatnonzero(np.diff(tiers)) + 1).tolist()]
+    return [{"from": float(grid[at]), "tier": int(tiers[at])} for at in starts]
 
 
 def _number(value: Any) -> float:

@@ -14,7 +14,7 @@ from dvpa.server.job import Disconnected, unless_gone
 from dvpa.server.lifecycle import READY, Server
 from dvpa.server.openapi import COMMON, ERRORS, NOT_SERVED
 from dvpa.server.options import AUTO, alias, explain, tier_fields, tier_of_model
-from dvpa.server.reports import frontier
+from dvpa.server.reports import frontier, regions
 from dvpa.server.schemas import DetokenizeRequest, Message, RouteRequest, TokenizeRequest
 
 router = APIRouter()
@@ -233,6 +233,7 @@ async def tiers(request: Request) -> Any:
                 "is_fitted": tier_map.is_fitted,
                 "thresholds": list(tier_map.thresholds),
                 "upper_cut": tier_map.upper_cut,
+                "regions": regions(tier_map),
                 "default_tier": tier_map.default_tier,
                 "budget": tier_map.budget,
                 "statistics": tier_map.statistics,
