@@ -178,8 +178,7 @@ def test_whole_runs_on_a_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "argv", f"{command} --out {out}".split())
     code = overload_server.main()
     result = json.loads(out.read_text())
-    # A machine that others use may be slow, and six seconds are all warm-up; the rest has to hold.
-    beside = ("/health", "offered", "memory grew")
-    problems = [p for p in result["problems"] if not any(mark in p for mark in beside)]
+    # A machine that others use may be slow; everything else has to hold.
+    problems = [p for p in result["problems"] if "/health" not in p and "offered" not in p]
     assert problems == [] and code == bool(result["problems"])
     assert result["load"]["refused"].get("429", 0) > 0 and result["load"]["left_by_client"] > 0
