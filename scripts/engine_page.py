@@ -81,6 +81,8 @@ def _throughput(result: Row) -> Part:
     )
     if agreement:
         text += f" First tokens like Transformers' (rounding decides near-ties): {agreement}."
+    if result.get("notes"):
+        text += f" {result['notes']}"
     head = ["at a time", "engine", "tok/s", "tok/CPU-s", "rounds", "dvpa is faster by"]
     return text, head, body
 
