@@ -232,6 +232,13 @@ def render_overload(result: dict[str, Any]) -> str:
     return "\n\n".join(["## The server under overload", server_page.overload_text(result), where])
 
 
+def render_locust(result: dict[str, Any]) -> str:
+    """Locust's users."""
+    text, head, rows = server_page.locust_part(result)
+    where = machine({**result["machine"], **result["versions"]})
+    return "\n\n".join(["## Locust at the server", text, table(head, rows), where])
+
+
 RENDERERS = {
     "demo": render_demo,
     "words": render_words,
@@ -240,6 +247,7 @@ RENDERERS = {
     "engine_soak": render_soak,
     "server": render_server,
     "server_overload": render_overload,
+    "server_locust": render_locust,
     "escalation": render_escalation,
     "speculation": render_speculation,
     "kernels_cpu": render_kernels,

@@ -97,3 +97,25 @@ def _spread(times: Row) -> str:
     if "p50" not in times:
         return "unknown"
     return f"p50 {times['p50']:.0f} ms, p99 {times['p99']:.0f} ms, max {times['max']:.0f} ms"
+
+
+def locust_part(result: Row) -> Part:
+    """(text, head, rows) of `scripts/bench_locust.py`."""
+    text = (
+        f"`python scripts/bench_locust.py CHECKPOINT`: {result['users']} of locust's users for "
+        f"{result['minutes']:g} minutes at the demo's nano, one server, {result['threads']} engine "
+        "thread, locust on the same machine. They stream, wait for whole answers, chat and ask for "
+        "decisions (scripts/locustfile.py), 4 to 47 tokens an answer, and think for .05 to .5 s."
+    )
+    head = ["request", "number", "failed", "per s", "p50, ms", "p95, ms", "p99, ms"]
+    rows = [
+        [
+            row["name"],
+            f"{row['requests']:,}",
+            str(row["failures"]),
+            f"{row['per_s']:.1f}",
+            *(f"{ms:.0f}" for ms in row["ms"].values()),
+        ]
+        for row in result["rows"]
+    ]
+    return text, head, rows

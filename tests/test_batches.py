@@ -107,7 +107,8 @@ def test_step_loss_mixes_both_halves_and_reports_every_tier(model: DvpaForCausal
     module = TierModule(model, stage, OptimizerConfig(), seed=0)
     rows = assign_tiers(collate(EXAMPLES * 8, 0, False), stage, 0, 0)
     logits = model(rows.input_ids, tiers=rows.tiers, use_cache=False).logits
-    loss, parts = module.loss(logits, rows)
+    loss, sums = module.loss(logits, rows)
+    parts = sums.means()
     scored = rows.labels != IGNORED
     nll = token_nll(logits[scored], rows.labels[scored])
     half = len(nll) // 2

@@ -87,7 +87,9 @@ def test_wheel_holds_three_packages_and_every_config(tmp_path: Path) -> None:
     assert folders == {"dvpa", "dvpa_train", "dvpa_kernels"}
     data = {name.split("/data/share/dvpa/")[1] for name in names if "/data/share/dvpa/" in name}
     assert data == {
-        str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "configs").rglob("*.yaml")
+        str(path.relative_to(REPOSITORY))
+        for path in (REPOSITORY / "configs").rglob("*")
+        if path.is_file()
     }
 
 

@@ -51,7 +51,8 @@ def check(folder: Path, *options: str) -> None:
         world.idle()
     errors = {name: n for name, n in counts.items() if 'reason="internal_error"' in name}
     assert not any(errors.values()), errors
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    (folder / "found.txt").write_text(done.stdout)
+    assert done.returncode == 0, done.stdout[-12000:] + done.stderr[-2000:]
 
 
 def test_a_short_fuzz_finds_nothing(tmp_path: Path) -> None:
@@ -59,6 +60,9 @@ def test_a_short_fuzz_finds_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("DVPA_FUZZ" not in os.environ, reason="many minutes: set DVPA_FUZZ to run it")
+@pytest.mark.skipif(
+    "DVPA_FUZZ" not in os.environ, reason="minutes: DVPA_FUZZ=N for N bodies per operation"
+)
 def test_a_long_fuzz_finds_nothing(tmp_path: Path) -> None:
-    check(tmp_path, "--phases", "examples,coverage,fuzzing", "--max-examples", "120")
+    examples = os.environ["DVPA_FUZZ"]
+    check(tmp_path, "--phases", "examples,coverage,fuzzing", "--max-examples", examples)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,19 +90,21 @@ def test_kill_minus_nine_then_resume_is_bit_exact(trained: TrainedRun, tmp_path:
     folder = tmp_path / "killed"
     command = [sys.executable, "-c", _RUN_SLOWLY, str(folder)]
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
-    last = folder / "training_state" / "2-joint" / "last.ckpt"
+    last = folder / "training_state" / "2-joint" / "checkpoints" / "step-00000005"
     try:
         deadline = time.monotonic() + 120
-        while not last.is_file():
+        while not (last / "manifest.json").is_file():
             assert process.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.02)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert not (last.parent / "done.json").exists()
+    assert not (last.parents[1] / "done.json").exists()
     assert not (folder / "checkpoint").exists()
-    (last.parent / "last.tmp").write_bytes(b"half a checkpoint")  # a write the kill cut short
+    half = last.with_name("step-00000010")  # a write the kill cut short
+    shutil.copytree(last, half)
+    (half / "manifest.json").unlink()
     resumed = _run(folder)
     for name, tensor in trained.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], tensor), name

@@ -26,9 +26,18 @@ ERRORS: Responses = {
     429: _error("the queue is full", headers=_RETRY),
     500: _error("the model's state became non-finite, or an internal error"),
 }
+# One event, OpenAPI 3.2's way to describe a stream: older tools pass over the word.
+EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {
+        "data": {"type": "string", "description": "a chunk as JSON, or [DONE]"},
+        "event": {"type": "string"},
+    },
+}
 STREAM: dict[str, Any] = {
     "description": "the completions; with `stream`, server-sent events that end with [DONE]",
-    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    "content": {"text/event-stream": {"itemSchema": EVENT}},
     "headers": {
         name: {"description": text, "schema": {"type": "string"}}
         for name, text in {

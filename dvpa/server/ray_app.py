@@ -257,9 +257,10 @@ def run(
         serve.start(http_options={"host": config.host, "port": config.port})
         app = build(checkpoint, config, replicas, max_replicas, cpus=cpus, gpus=gpus)
         gateway = serve.run(app, name=APP, route_prefix="/")
+        signals = _take_signals()  # before anybody is told where to send one
         try:
             on_listening(f"http://{config.host}:{config.port}")
-            _until_signal(gateway)
+            _until_signal(signals, gateway)
             if not gateway.drain.remote().result(timeout_s=config.drain_s + 10):
                 logger.warning("drained for %g s: the rest was cancelled", config.drain_s)
         finally:
@@ -291,11 +292,16 @@ def start_ray() -> None:
     ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES)
 
 
-def _until_signal(gateway: Any) -> None:
-    """Wait for SIGTERM or SIGINT; a second one then ends the process at once."""
+def _take_signals() -> "queue.SimpleQueue[int]":
+    """From now on signals come out of the queue."""
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: signals.put(number))
+    return signals
+
+
+def _until_signal(signals: "queue.SimpleQueue[int]", gateway: Any) -> None:
+    """Wait for SIGTERM or SIGINT; a second one then ends the process at once."""
     while signals.get() == signal.SIGHUP:
         logger.warning("SIGHUP: %s", gateway.reload.remote().result())
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -196,6 +196,8 @@ async def telemetry(
     request: Request, limit: Annotated[int, Query(ge=0, le=MAX_TELEMETRY)] = 100
 ) -> Any:
     """Totals, difficulty, savings and the last requests; never a prompt or an answer."""
+    if len(request.query_params.getlist("limit")) > 1:
+        raise ApiError(400, "limit: given more than once", param="limit")
     return JSONResponse(_server(request).telemetry.snapshot(limit))
 
 

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from dvpa.model import DvpaForCausalLM, Routing
+from dvpa_train.processes import Processes
 
 
 class LoadBalancer:
     """Counts routed rows per layer, tier and expert, and moves the selection biases."""
 
-    def __init__(self, model: DvpaForCausalLM) -> None:
-        config = model.config
+    def __init__(self, model: DvpaForCausalLM, among: Processes | None = None) -> None:
+        config, self.among = model.config, among or Processes()
         layers: list[Any] = list(model.model.layers)  # ModuleList hides their class
         self.routers = [layer.mlp.gate for layer in layers if layer.is_moe]
         self.pools = [config.pool_size(tier) for tier in range(config.num_tiers)]
@@ -35,6 +36,10 @@ class LoadBalancer:
             cell = routed.tiers[:, None] * experts + routed.topk_index
             count = torch.bincount(cell[used], minlength=tiers * experts)
             self.load[layer] += count.view(tiers, experts).to(self.load)
+
+    def gather(self) -> None:
+        """Count the rows of all processes."""
+        self.load = self.among.sum(self.load)
 
     @torch.no_grad()
     def update(self, rate: float) -> None:

@@ -1,7 +1,8 @@
 """From examples to the rows of one step: padding, targets, and which tier every token runs at.
 
 A step's tiers depend on (seed, stage, step) only, so that a resumed run draws what the
-uninterrupted one would have.
+uninterrupted one would have, and any number of processes what one would have: each takes its `Part`
+of the same draws.
 
 Letters: N rows, S positions, B examples.
 """
@@ -17,9 +18,20 @@ from torch import Tensor
 from dvpa.model.router import NO_TIER
 from dvpa.tasks.encoding import right_pad
 from dvpa_train.config import StageConfig
-from dvpa_train.examples import Example
 
+Example = tuple[list[int], list[int]]  # ids of prompt and completion
 IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Part:
+    """The `index`-th of `count` equal parts of a step's batch: a process's micro-batch."""
+
+    index: int = 0
+    count: int = 1
+
+
+WHOLE_STEP = Part()
 
 
 @dataclass(frozen=True)
@@ -58,8 +70,20 @@ def collate(examples: Sequence[Example], pad_id: int, prompt_loss: bool) -> dict
     }
 
 
-def assign_tiers(batch: dict[str, Tensor], stage: StageConfig, seed: int, step: int) -> Rows:
-    """Give every token of the step its tier.
+def collate_step(
+    item: tuple[Sequence[Example], Sequence[Example]], pad_id: int, prompt_loss: bool
+) -> dict[str, Tensor]:
+    """`collate` of a micro-batch; `scored` counts the labels of all this process's step."""
+    micro, of_step = item
+    batch = collate(micro, pad_id, prompt_loss)
+    everything = batch if len(micro) == len(of_step) else collate(of_step, pad_id, prompt_loss)
+    return {**batch, "scored": (everything["labels"] != IGNORED).sum()}
+
+
+def assign_tiers(
+    batch: dict[str, Tensor], stage: StageConfig, seed: int, step: int, part: Part = WHOLE_STEP
+) -> Rows:
+    """Give every token of a part of the step its tier.
 
     Without distillation each example runs once, at a tier drawn by `tier_weights`. With it, each
     runs at the top tier and at a lower one; `switch_fraction` of the lower rows change between two
@@ -67,23 +91,25 @@ def assign_tiers(batch: dict[str, Tensor], stage: StageConfig, seed: int, step: 
     another.
     """
     draws = np.random.default_rng((seed, stage_key(stage), step))
-    count, length = batch["input_ids"].shape
+    rows, length = batch["input_ids"].shape
+    count = rows * part.count  # drawn for the whole step
+    own = slice(rows * part.index, rows * (part.index + 1))
     weights = np.asarray(stage.tier_weights or [1.0] * stage.num_tiers, dtype=float)
     top = stage.num_tiers - 1
     if not stage.distillation or top == 0:
-        row_tiers = draws.choice(stage.num_tiers, size=count, p=weights / weights.sum())
+        row_tiers = draws.choice(stage.num_tiers, size=count, p=weights / weights.sum())[own]
         tiers = np.repeat(row_tiers[:, None], length, axis=1)
         return _rows(batch, tiers, paired=False)
     lower = weights[:-1] / weights[:-1].sum()
-    low_tiers = np.repeat(draws.choice(top, size=count, p=lower)[:, None], length, axis=1)
+    low_tiers = np.repeat(draws.choice(top, size=count, p=lower)[own][:, None], length, axis=1)
     if stage.switch_fraction:
-        switched = draws.random(count) < stage.switch_fraction
-        before = draws.integers(0, stage.num_tiers, count)
+        switched = (draws.random(count) < stage.switch_fraction)[own]
+        before = draws.integers(0, stage.num_tiers, count)[own]
         real = batch["attention_mask"].sum(1).numpy()
-        position = (draws.random(count) * real).astype(int)
+        position = (draws.random(count)[own] * real).astype(int)
         early = np.arange(length) < position[:, None]
         low_tiers = np.where(switched[:, None] & early, before[:, None], low_tiers)
-    tiers = np.concatenate((np.full((count, length), top), low_tiers))
+    tiers = np.concatenate((np.full((rows, length), top), low_tiers))
     doubled = {name: torch.cat((tensor, tensor)) for name, tensor in batch.items()}
     return _rows(doubled, tiers, paired=True)
 

@@ -1,32 +1,10 @@
-"""What watches a stage: atomic checkpoints, the progress line, and the log."""
+"""What watches a stage: the progress line, and the log."""
 
-import os
-from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-
-class AtomicCheckpoint(Callback):
-    """Save `last.ckpt` every n optimizer steps; a kill at any moment leaves the last one whole."""
-
-    def __init__(self, folder: Path, every: int) -> None:
-        self.path, self.every = folder / "last.ckpt", every
-
-    def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, *args: Any, **kwargs: Any
-    ) -> None:
-        """Write under a temporary name, flush to disk, rename."""
-        if trainer.global_step % self.every or trainer.global_step >= trainer.max_steps:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        trainer.save_checkpoint(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
 
 
 class ProgressLine(Callback):
@@ -56,6 +34,8 @@ class ProgressLine(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: Any, *args: Any, **kwargs: Any) -> None:
         """Advance."""
         assert self.progress is not None
+        if trainer.fit_loop._should_accumulate():
+            return
         self.progress.update(self.task, completed=trainer.global_step, losses=self.describe(module))
         tenth = max(trainer.max_steps // 5, 1)
         if not self.console.is_terminal and trainer.global_step % tenth == 0:
@@ -86,6 +66,8 @@ class MetricLog(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: Any, *args: Any, **kwargs: Any) -> None:
         """Log under the run's own step count, which goes on from stage to stage."""
         if trainer.global_step % self.every and trainer.global_step != trainer.max_steps:
+            return
+        if trainer.fit_loop._should_accumulate():
             return
         metrics = {
             **module.latest,

@@ -105,6 +105,34 @@ class CalibrationStage:
 
 
 @dataclass
+class StrategyConfig:
+    """Over how many processes, and how. The launcher (torchrun) says how many there are.
+
+    kind: `single` process; `ddp`: the whole model on each; `fsdp2`: everything sharded over all,
+    experts by `expert_parallel`; `deepspeed`: ZeRO.
+    """
+
+    kind: Literal["single", "ddp", "fsdp2", "deepspeed"] = "single"
+    expert_parallel: int = 1  # processes that share the experts of each group (fsdp2)
+    zero_stage: Literal[1, 2, 3] = 2  # (deepspeed)
+    offload_optimizer: bool = False  # keep its state in CPU memory (deepspeed)
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the products; weights are kept in fp32
+    activation_checkpointing: bool = False  # compute layers again instead of keeping them
+    accumulate: int = 1  # micro-batches of a step
+    compile: bool = False  # torch.compile of the layers
+    timeout_s: float = 600.0  # until a process that does not answer counts as lost
+
+
+@dataclass
+class GuardConfig:
+    """What to do about a step whose loss is not finite, or jumps: back, and round its batch."""
+
+    spike_factor: float = 0.0  # loss over the median of the last `window`; 0: only NaN and infinity
+    window: int = 50  # steps
+    max_rollbacks: int = 3  # of one stage; then the run ends with an error
+
+
+@dataclass
 class Recipe:
     """A whole progressive run."""
 
@@ -117,7 +145,10 @@ class Recipe:
     calibration: CalibrationStage = field(default_factory=CalibrationStage)
     seed: int = 0
     threads: int = 2
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint_every: int = 100  # optimizer steps between resumable checkpoints
+    keep_checkpoints: int = 2  # the latest ones of a stage
     log_every: int = 20
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # WANDB_MODE wins
 
@@ -184,6 +215,7 @@ def _check(recipe: Recipe, path: Path) -> None:
     config = recipe.model_config()
     if (recipe.data.graded is None) != bool(recipe.data.files):
         raise ValueError(f"{path}: data: give either graded or files")
+    _check_strategy(recipe, path, config)
     if not recipe.stages:
         raise ValueError(f"{path}: stages: must not be empty")
     previous = 0
@@ -217,3 +249,29 @@ def _check(recipe: Recipe, path: Path) -> None:
         raise ValueError(
             f"{path}: stages: the last stage has {previous} tiers, the model {config.num_tiers}"
         )
+
+
+def _check_strategy(recipe: Recipe, path: Path, config: DvpaConfig) -> None:
+    strategy, where = recipe.strategy, f"{path}: strategy"
+    for name in ("expert_parallel", "accumulate", "timeout_s"):
+        if getattr(strategy, name) <= 0:
+            raise ValueError(f"{where}.{name}: {getattr(strategy, name)} must be positive")
+    if strategy.expert_parallel > 1 and strategy.kind != "fsdp2":
+        # ZeRO-3 overwrites own experts with rank 0's, without a word; 1 and 2 cannot save them.
+        raise ValueError(f"{where}.expert_parallel: needs kind fsdp2, not {strategy.kind}")
+    if config.group_size % strategy.expert_parallel:
+        raise ValueError(
+            f"{where}.expert_parallel: {strategy.expert_parallel} must divide the "
+            f"{config.group_size} experts of a group"
+        )
+    if strategy.precision == "bf16" and strategy.kind not in ("fsdp2", "deepspeed"):
+        raise ValueError(f"{where}.precision: bf16 needs kind fsdp2 or deepspeed")
+    if strategy.offload_optimizer and strategy.kind != "deepspeed":
+        raise ValueError(f"{where}.offload_optimizer: needs kind deepspeed, not {strategy.kind}")
+    if recipe.keep_checkpoints < 1 or recipe.checkpoint_every < 1:
+        raise ValueError(f"{path}: keep_checkpoints, checkpoint_every: must be positive")
+    guard = recipe.guard
+    if guard.spike_factor and guard.spike_factor <= 1:
+        raise ValueError(f"{path}: guard.spike_factor: {guard.spike_factor} must be 0 or above 1")
+    if guard.window < 1 or guard.max_rollbacks < 0:
+        raise ValueError(f"{path}: guard: window must be positive, max_rollbacks 0 or more")

@@ -96,6 +96,7 @@ def _one_seed(
     console = Console(stderr=True)
     recipe = load_recipe(recipe_name, [f"seed={seed}", *overrides])
     trained = run_recipe(recipe, out, console)
+    assert trained is not None, "the demo is one process"
     tables, tasks = trained.outcomes, trained.tasks
     whole_costs = [tier.activated_params for tier in price(trained.model.config).tiers]
     report = build_report(

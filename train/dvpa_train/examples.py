@@ -19,9 +19,9 @@ from dvpa.evaluate.outcomes import collect_outcomes
 from dvpa.evaluate.table import OutcomeTable
 from dvpa.tasks import GradedTasks, Task, TaskSet, TextCorpus, load_gsm8k, load_svamp
 from dvpa.tasks.encoding import encode_tasks
+from dvpa_train.batches import WHOLE_STEP, Example, Part
 from dvpa_train.config import DataConfig, FileData, GradedData, Recipe, StageConfig
 
-Example = tuple[list[int], list[int]]
 PARTS = ("head", "fit", "calibrate", "test")
 TOKENIZER_LINES = 20_000
 
@@ -222,15 +222,58 @@ def resolve_data(path: str) -> Path:
 
 
 class BatchDataset:
-    """Map-style dataset: item i is batch i of the stage, so a loader's position is one integer."""
+    """Map-style dataset: item i is micro-batch i of the stage: a loader's position is one number.
 
-    def __init__(self, source: Source, stage: StageConfig, first: int) -> None:
+    All processes together read, in one order that no number of them changes, the examples from
+    `first` on; this one reads its part of every micro-batch.
+
+    Args:
+        part: of this process among all, in a step of one micro-batch.
+        accumulate: micro-batches of a step.
+        skipped: batches of the stage, by number, that are left out: the next ones move up.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        stage: StageConfig,
+        first: int,
+        part: Part = WHOLE_STEP,
+        accumulate: int = 1,
+        skipped: Sequence[int] = (),
+    ) -> None:
         self.source, self.stage, self.first = source, stage, first
+        self.part, self.accumulate, self.skipped = part, accumulate, sorted(skipped)
+        check_batch(stage, part.count * accumulate)
 
     def __len__(self) -> int:
-        return self.stage.steps
+        return self.stage.steps * self.accumulate
 
-    def __getitem__(self, index: int) -> list[Example]:
-        size = self.stage.batch_size
-        start = self.first + index * size
+    def __getitem__(self, index: int) -> tuple[list[Example], list[Example]]:
+        """(Examples of the micro-batch, all that this process has in the step)."""
+        step, micro = divmod(index, self.accumulate)
+        of_step = [example for i in range(self.accumulate) for example in self._read(step, i)]
+        size = len(of_step) // self.accumulate
+        return of_step[micro * size : (micro + 1) * size], of_step
+
+    def _read(self, step: int, micro: int) -> list[Example]:
+        parts = self.accumulate * self.part.count
+        size = self.stage.batch_size // parts
+        start = self.first + self.number(step) * self.stage.batch_size
+        start += (micro * self.part.count + self.part.index) * size
         return self.source.train_batch(start, start + size, self.stage.level_weights)
+
+    def number(self, step: int) -> int:
+        """The batch that a step reads."""
+        for skipped in self.skipped:
+            step += skipped <= step
+        return step
+
+
+def check_batch(stage: StageConfig, parts: int) -> None:
+    """ValueError unless the stage's batch falls into so many equal parts."""
+    if stage.batch_size % parts:
+        raise ValueError(
+            f"stages.{stage.name}.batch_size: {stage.batch_size} must be a multiple of {parts} "
+            "(processes times strategy.accumulate)"
+        )

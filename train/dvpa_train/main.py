@@ -5,6 +5,7 @@ A run folder holds `recipe.json`, `tokenizer/`, `training_state/`, `logs/`, `out
 resumes it.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -28,7 +29,9 @@ from dvpa_train.config import Recipe
 from dvpa_train.difficulty import train_head
 from dvpa_train.examples import PARTS, Source, make_source
 from dvpa_train.growth import attach_head
+from dvpa_train.processes import processes
 from dvpa_train.stages import Run, StageReport, quiet_lightning
+from dvpa_train.strategies import num_threads
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -53,24 +56,38 @@ class TrainedRun:
         return self.out / "checkpoint"
 
 
-def run_recipe(recipe: Recipe, out: Path, console: Console) -> TrainedRun:
-    """Run or resume `recipe` into `out`.
+def run_recipe(recipe: Recipe, out: Path, console: Console) -> TrainedRun | None:
+    """Run or resume `recipe` into `out`, together with the launcher's other processes.
+
+    The difficulty head and the tier map are the first process's work; the others get None.
 
     Raises:
-        ValueError: `out` holds a run of another recipe.
+        ValueError: `out` holds a run of another recipe, or its checkpoint was made under another
+            tokenizer; or the number of processes does not fit.
     """
-    torch.set_num_threads(recipe.threads)
     quiet_lightning()
     transformers_logging.disable_progress_bar()
-    out.mkdir(parents=True, exist_ok=True)
-    _claim(out, recipe)
-    source = make_source(recipe)
-    tokenizer = _tokenizer(recipe, source, out)
-    source.prepare(tokenizer)
-    sizes = dict.fromkeys(PARTS, recipe.calibration.items) | {"head": recipe.difficulty.items}
-    tasks = source.held_out(sizes)  # before the training: too few items should not cost minutes
-    model, stages = Run(recipe, out, source, tokenizer, console).train()
-    model, outcomes = _score_and_calibrate(recipe, source, tokenizer, model, tasks, out, console)
+    with processes(recipe.strategy) as among:
+        torch.set_num_threads(num_threads(recipe.threads, among))
+        console.quiet |= not among.is_first
+        source = make_source(recipe)
+        if among.is_first:
+            out.mkdir(parents=True, exist_ok=True)
+            _claim(out, recipe)
+            _make_tokenizer(recipe, source, out / "tokenizer")
+        among.barrier()
+        tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
+        source.prepare(tokenizer)
+        sizes = dict.fromkeys(PARTS, recipe.calibration.items) | {"head": recipe.difficulty.items}
+        tasks = source.held_out(sizes)  # before the training: too few should not cost minutes
+        facts = {"tokenizer": hash_tokenizer(out / "tokenizer"), "recipe": _hash_claim(out)}
+        run = Run(recipe, out, source, tokenizer, console, among, facts)
+        stages = run.train()
+    if not among.is_first:
+        return None
+    model, outcomes = _score_and_calibrate(
+        recipe, source, tokenizer, run.load(), tasks, out, console
+    )
     _save(model, tokenizer, out / "checkpoint")
     return TrainedRun(out, recipe, model, tokenizer, tasks, outcomes, stages)
 
@@ -78,6 +95,12 @@ def run_recipe(recipe: Recipe, out: Path, console: Console) -> TrainedRun:
 def _claim(out: Path, recipe: Recipe) -> None:
     """Remember the recipe and its model, and refuse to mix two runs in one folder."""
     claim = {"recipe": asdict(recipe), "model": recipe.model_config().to_dict()}
+    # What changes the speed but not the course of a run may differ from start to start.
+    free = ("expert_parallel", "activation_checkpointing", "compile", "timeout_s")
+    for name in free:
+        del claim["recipe"]["strategy"][name]
+    for name in ("threads", "log_every", "checkpoint_every", "keep_checkpoints", "wandb_mode"):
+        del claim["recipe"][name]
     path, text = out / "recipe.json", json.dumps(claim, indent=1)
     if path.is_file() and path.read_text() != text:
         raise ValueError(
@@ -86,13 +109,24 @@ def _claim(out: Path, recipe: Recipe) -> None:
     path.write_text(text)
 
 
-def _tokenizer(recipe: Recipe, source: Source, out: Path) -> PreTrainedTokenizerBase:
-    folder = out / "tokenizer"
+def _hash_claim(out: Path) -> str:
+    return hashlib.sha256((out / "recipe.json").read_bytes()).hexdigest()
+
+
+def hash_tokenizer(folder: Path) -> str:
+    """SHA-256 over a tokenizer's files, names and contents."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        content = path.read_bytes()
+        digest.update(f"{path.name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def _make_tokenizer(recipe: Recipe, source: Source, folder: Path) -> None:
     if not (folder / "tokenizer_config.json").is_file():
-        scratch = out / "tokenizer.tmp"
+        scratch = folder.with_name("tokenizer.tmp")
         train_tokenizer(source.tokenizer_lines(), recipe.model_config().vocab_size, scratch)
         os.replace(scratch, folder)
-    return AutoTokenizer.from_pretrained(folder)
 
 
 def _score_and_calibrate(

@@ -17,71 +17,165 @@ from dvpa.model import DvpaForCausalLM
 from dvpa.model.router import NO_TIER
 from dvpa.pricing import price
 from dvpa_train.balance import LoadBalancer
-from dvpa_train.batches import IGNORED, Rows, assign_tiers
-from dvpa_train.config import OptimizerConfig, StageConfig
-from dvpa_train.losses import distillation_kl, token_nll
+from dvpa_train.batches import IGNORED, Part, Rows, assign_tiers
+from dvpa_train.config import GuardConfig, OptimizerConfig, StageConfig, StrategyConfig
+from dvpa_train.guard import Guard
+from dvpa_train.losses import StepSums, distillation_kl, token_nll
+from dvpa_train.processes import Processes
+from dvpa_train.sharding import clip_gradients, shard
+from dvpa_train.zero import keep_whole
 
 
 class TierModule(LightningModule):
-    """Trains every tier of one model on one stage of the recipe."""
+    """Trains every tier of one model on one stage of the recipe.
+
+    A step is the same on any number of processes: its loss is the sum over all their tokens,
+    divided by the count of all their tokens, and so are its gradients.
+
+    Args:
+        model: whole; `configure_model` shards it where the strategy does.
+        strategy, among: how, and over which processes.
+        guard: which steps to refuse.
+    """
 
     def __init__(
-        self, model: DvpaForCausalLM, stage: StageConfig, optimizer: OptimizerConfig, seed: int
+        self,
+        model: DvpaForCausalLM,
+        stage: StageConfig,
+        optimizer: OptimizerConfig,
+        seed: int,
+        strategy: StrategyConfig | None = None,
+        among: Processes | None = None,
+        guard: GuardConfig | None = None,
     ) -> None:
         super().__init__()
         self.model, self.stage, self.optimizer_config, self.seed = model, stage, optimizer, seed
-        self.balancer = LoadBalancer(model)
+        self.strategy, self.among = strategy or StrategyConfig(), among or Processes()
+        self.guard = Guard(guard or GuardConfig())
+        self.balancer = LoadBalancer(model, self.among)
         self.activated = [tier.activated_params for tier in price(model.config).tiers]
         self.training_flops = 0.0
         self.tokens_seen = 0
         self.seconds = 0.0
         self.latest: dict[str, float] = {}  # what the progress display shows
+        self.stop_wanted = False  # by this process; all of them stop after the same step
+        self.is_stopping = False
+        self._sums: StepSums | None = None  # of the micro-batches so far
+        self._scored = 0.0  # tokens of the step that are learnt from, of all processes
         self._clock: float | None = None  # when the last step ended
+        self._is_laid_out = False
+
+    def configure_model(self) -> None:
+        """Lay the model out as the strategy wants it; once."""
+        if self._is_laid_out:
+            return
+        self._is_laid_out = True
+        if self.strategy.activation_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        if self.strategy.compile:
+            for layer in self.model.model.layers:
+                layer.compile()
+        if self.strategy.kind == "fsdp2":
+            shard(self.model, self.strategy, self.among)
+        if self.strategy.kind == "deepspeed":
+            keep_whole(self.model)
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
-        """Mean loss of the step's rows; tiers by (seed, stage, step)."""
+        """Loss of this process's micro-batch; tiers by (seed, stage, step)."""
         self._clock = self._clock or time.perf_counter()
-        rows = assign_tiers(batch, self.stage, self.seed, self.global_step)
+        micro = batch_index % self.strategy.accumulate
+        batch = dict(batch)
+        scored = batch.pop("scored")
+        if micro == 0:
+            self._begin_step(scored)
+        size = self.among.size
+        part = Part(micro * size + self.among.rank, self.strategy.accumulate * size)
+        rows = assign_tiers(batch, self.stage, self.seed, self.global_step, part)
         out = self.model(rows.input_ids, tiers=rows.tiers, use_cache=False)
         self.balancer.observe(out.routing)
-        loss, parts = self.loss(out.logits, rows)
-        self._count(rows)
-        self.latest = {"loss": float(loss.detach()), **parts}
-        return loss
+        loss, sums = self.loss(out.logits, rows, self._scored)
+        self._sums = sums if self._sums is None else self._sums + sums
+        return loss * self._loss_factor
 
-    def loss(self, logits: Tensor, rows: Rows) -> tuple[Tensor, dict[str, float]]:
-        """Cross-entropy, mixed with distillation on the lower rows; and the mean nll per tier."""
-        scored = rows.labels != IGNORED
-        picked, targets = logits[scored], rows.labels[scored]
+    def loss(
+        self, logits: Tensor, rows: Rows, scored: float | None = None
+    ) -> tuple[Tensor, StepSums]:
+        """Cross-entropy, mixed with distillation on the lower rows.
+
+        Args:
+            scored: what the sums are divided by: labels of the step's examples (default: of these).
+        """
+        is_scored = rows.labels != IGNORED
+        picked, targets = logits[is_scored], rows.labels[is_scored]
         nll = token_nll(picked, targets)
-        with torch.no_grad():
-            tiers = rows.tiers[scored]
-            parts = {
-                f"nll/tier_{t}": float(nll[tiers == t].mean())
-                for t in range(self.stage.num_tiers)
-                if (tiers == t).any()
-            }
-        if not rows.paired:
-            return nll.mean(), parts
-        half = len(nll) // 2  # the same examples twice: top rows first, lower rows after
-        kl = distillation_kl(picked[half:], picked[:half], self.stage.distillation_temperature)
-        share = self.stage.distillation
-        lower = (1 - share) * nll[half:].mean() + share * kl.mean()
-        parts["distillation"] = float(kl.detach().mean())
-        return 0.5 * (nll[:half].mean() + lower), parts
-
-    def _count(self, rows: Rows) -> None:
+        tiers = rows.tiers[is_scored]
         real = rows.tiers[rows.tiers != NO_TIER]
-        per_tier = torch.bincount(real, minlength=len(self.activated)).tolist()
-        self.tokens_seen += sum(per_tier)
+        sums = StepSums.zeros(self.stage.num_tiers, nll.device)
+        if rows.paired:
+            half = len(nll) // 2  # the same examples twice: top rows first, lower rows after
+            count = half if scored is None else scored
+            kl = distillation_kl(picked[half:], picked[:half], self.stage.distillation_temperature)
+            share = self.stage.distillation
+            lower = (1 - share) * nll[half:].sum() + share * kl.sum()
+            loss = 0.5 * (nll[:half].sum() + lower) / count
+            sums.add_distillation(kl.detach())
+        else:
+            loss = nll.sum() / (len(nll) if scored is None else scored)
+        sums.add(loss.detach(), nll.detach(), tiers, real)
+        return loss, sums
+
+    @property
+    def _loss_factor(self) -> float:
+        """Undoes what is divided by later: micro-batches, and processes where they are averaged."""
+        averaged = self.strategy.kind in ("ddp", "deepspeed")
+        return self.strategy.accumulate * (self.among.size if averaged else 1)
+
+    def _begin_step(self, scored: Tensor) -> None:
+        wanted = torch.tensor([float(scored), float(self.stop_wanted)], device=self.device)
+        total = self.among.sum(wanted).tolist()
+        self._scored, self.is_stopping = max(total[0], 1.0), total[1] > 0
+        self._sums = None
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """The step's numbers, of all processes; a step that must not be taken ends here.
+
+        Raises:
+            RefusedStep: the same on every process.
+        """
+        sums = self._sums
+        if sums is None or (self.trainer.fit_loop.batch_idx + 1) % self.strategy.accumulate:
+            return
+        sums = StepSums(self.among.sum(sums.values))
+        self.latest = sums.means()
+        per_tier = sums.tokens
+        self.tokens_seen += int(sum(per_tier))
         # forward and backward: three times two FLOPs per activated parameter
         self.training_flops += sum(
             6.0 * n * a for n, a in zip(per_tier, self.activated, strict=True)
         )
+        self.guard.check(self.global_step, self.latest["loss"])
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm over all processes' shards; DeepSpeed clips its own."""
+        if self.strategy.kind == "deepspeed":
+            return
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        norm = float(clip_gradients(trained, self.optimizer_config.gradient_clip, self.among))
+        self.latest["gradient_norm"] = norm
+        self.guard.check_gradient(self.global_step, norm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Optimizer step, then the selection biases (never by gradient)."""
+        before = self.global_step
         super().optimizer_step(*args, **kwargs)
+        if self.global_step == before:  # DeepSpeed: a micro-batch that was not the last
+            return
+        self.balancer.gather()
         if self.global_step % 50 == 1:
             self.latest |= self.balancer.max_violation()
         frozen = self.global_step > self.stage.steps * (1 - self.stage.bias_frozen_fraction)
@@ -95,11 +189,19 @@ class TierModule(LightningModule):
         config = self.optimizer_config
         trained = [p for p in self.model.parameters() if p.requires_grad]
         groups = [
-            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
+            {
+                "params": [p for p in trained if p.dim() in (2, 3)],
+                "weight_decay": config.weight_decay,
+            },
             {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+            # Sharded experts lie on a mesh of their own: one fused call takes one mesh.
+            {"params": [p for p in trained if p.dim() > 3], "weight_decay": config.weight_decay},
         ]
         optimizer = torch.optim.AdamW(
-            groups, lr=config.learning_rate, betas=(config.betas[0], config.betas[1]), fused=True
+            [group for group in groups if group["params"]],
+            lr=config.learning_rate,
+            betas=(config.betas[0], config.betas[1]),
+            fused=True,
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate_scale)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -118,9 +220,12 @@ class TierModule(LightningModule):
             "training_flops": self.training_flops,
             "tokens_seen": self.tokens_seen,
             "seconds": self.seconds,
+            "recent_losses": list(self.guard.recent),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the counters."""
-        for name, value in checkpoint["dvpa"].items():
+        counters = dict(checkpoint["dvpa"])
+        self.guard.recent.extend(counters.pop("recent_losses"))
+        for name, value in counters.items():
             setattr(self, name, value)

@@ -28,9 +28,11 @@ def train_and_report(
     """
     recipe = load_recipe(recipe_path, overrides)
     console = Console(stderr=True)
-    trained = run_recipe(recipe, Path(out) if out else Path("runs") / recipe.name, console)
-    report_run(trained, console)
-    return trained.out
+    folder = Path(out) if out else Path("runs") / recipe.name
+    trained = run_recipe(recipe, folder, console)
+    if trained is not None:  # one of several processes reports
+        report_run(trained, console)
+    return folder
 
 
 def report_run(trained: TrainedRun, console: Console) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Running the stages of a recipe one after the other, and resuming them after any kill.
 
-`training_state/<i>-<name>/` of a run holds `last.ckpt` while the stage runs, then `model/` and last
-of all `done.json`: a stage counts as finished only with that file.
+`training_state/<i>-<name>/` of a run holds `checkpoints/` while the stage runs, then `model/` and
+last of all `done.json`: a stage counts as finished only with that file.
 """
 
 import json
@@ -9,7 +9,9 @@ import logging
 import os
 import shutil
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,18 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
 from dvpa.model import DvpaForCausalLM
-from dvpa_train.batches import collate
-from dvpa_train.callbacks import AtomicCheckpoint, MetricLog, ProgressLine
+from dvpa_train.batches import Part, collate_step
+from dvpa_train.callbacks import MetricLog, ProgressLine
+from dvpa_train.checkpoints import Checkpoints, find_latest
 from dvpa_train.config import Recipe, StageConfig
-from dvpa_train.examples import BatchDataset, Source
+from dvpa_train.consolidate import write_model
+from dvpa_train.examples import BatchDataset, Source, check_batch
 from dvpa_train.growth import grow
+from dvpa_train.guard import RefusedStep
+from dvpa_train.interrupts import Interrupts
 from dvpa_train.module import TierModule
+from dvpa_train.processes import Processes
+from dvpa_train.strategies import trainer_arguments
 
 
 @dataclass(frozen=True)
@@ -38,24 +46,37 @@ class StageReport:
     tokens: int
     training_flops: float
     seconds: float
+    skipped: tuple[int, ...] = ()  # batches left out by the guard
 
 
 @dataclass
 class Run:
-    """One recipe being run into one folder."""
+    """One recipe being run into one folder, by every process of it.
+
+    `facts`: what a checkpoint must have been made under to be resumed from.
+    """
 
     recipe: Recipe
     out: Path
     source: Source
     tokenizer: PreTrainedTokenizerBase
     console: Console
+    among: Processes
+    facts: dict[str, Any]
 
     def folder(self, index: int) -> Path:
         """State folder of a stage."""
         return self.out / "training_state" / f"{index}-{self.recipe.stages[index].name}"
 
-    def train(self) -> tuple[DvpaForCausalLM, list[StageReport]]:
-        """Run, or resume, every training stage; returns the fully grown model."""
+    def train(self) -> list[StageReport]:
+        """Run, or resume, every training stage; `folder(i) / "model"` then holds each one's model.
+
+        Raises:
+            ValueError: a stage's batch does not divide among the processes.
+            Stopped: a signal asked for it; a checkpoint has been saved.
+        """
+        for stage in self.recipe.stages:
+            check_batch(stage, self.among.size * self.recipe.strategy.accumulate)
         reports: list[StageReport] = []
         model: DvpaForCausalLM | None = None
         loggers = self._loggers()
@@ -65,12 +86,48 @@ class Run:
                 reports.append(StageReport(**json.loads(done.read_text())))
                 model = None  # read back only if a later stage needs it
                 continue
-            start = self._starting_model(index, model)
-            model, report = self._run_stage(index, stage, start, loggers)
+            first = sum(
+                s.steps * s.batch_size + len(r.skipped) * s.batch_size
+                for s, r in zip(self.recipe.stages, reports, strict=False)
+            )
+            model, report = self._run_guarded(index, stage, first, model, loggers)
             reports.append(report)
-        if model is None:
-            model = self._load(len(self.recipe.stages) - 1)
-        return model, reports
+        return reports
+
+    def load(self) -> DvpaForCausalLM:
+        """The fully grown model."""
+        return self._load(len(self.recipe.stages) - 1)
+
+    def _run_guarded(
+        self,
+        index: int,
+        stage: StageConfig,
+        first: int,
+        previous: DvpaForCausalLM | None,
+        loggers: list[Any],
+    ) -> tuple[DvpaForCausalLM | None, StageReport]:
+        """A stage; a refused step goes back to the last checkpoint and round its batch."""
+        noted = self.folder(index) / "skipped.json"
+        while True:
+            skipped = json.loads(noted.read_text()) if noted.is_file() else []
+            start = self._starting_model(index, previous)
+            try:
+                return self._run_stage(index, stage, start, first, skipped, loggers)
+            except RefusedStep as refused:
+                if len(skipped) >= self.recipe.guard.max_rollbacks:
+                    raise RuntimeError(
+                        f"stage {stage.name}: {refused}; {len(skipped)} batches have been left out "
+                        "already (guard.max_rollbacks)"
+                    ) from refused
+                data = BatchDataset(self.source, stage, first, skipped=skipped)
+                number = data.number(refused.step)
+                self.console.print(f"{stage.name}: {refused}: back, without batch {number}")
+                self.among.barrier()  # all have read the old note
+                if self.among.is_first:
+                    noted.parent.mkdir(parents=True, exist_ok=True)
+                    noted.write_text(json.dumps([*skipped, number]))
+                self.among.barrier()
+                previous = None
 
     def _starting_model(self, index: int, previous: DvpaForCausalLM | None) -> DvpaForCausalLM:
         """The model a stage begins with: fresh, or the last one, grown to the stage's tiers."""
@@ -90,54 +147,76 @@ class Run:
         return DvpaForCausalLM.from_pretrained(self.folder(index) / "model")
 
     def _run_stage(
-        self, index: int, stage: StageConfig, model: DvpaForCausalLM, loggers: list[Any]
-    ) -> tuple[DvpaForCausalLM, StageReport]:
-        recipe, folder = self.recipe, self.folder(index)
+        self,
+        index: int,
+        stage: StageConfig,
+        model: DvpaForCausalLM,
+        first: int,
+        skipped: Sequence[int],
+        loggers: list[Any],
+    ) -> tuple[DvpaForCausalLM | None, StageReport]:
+        recipe, folder, among = self.recipe, self.folder(index), self.among
+        strategy, clip = recipe.strategy, recipe.optimizer.gradient_clip
+        found, passed_over = find_latest(folder, self.facts, among)
+        for problem in passed_over:
+            self.console.print(f"{stage.name}: not resumed from {problem}")
+        module = TierModule(
+            model.train(), stage, recipe.optimizer, recipe.seed, strategy, among, recipe.guard
+        )
         before = recipe.stages[:index]
-        module = TierModule(model.train(), stage, recipe.optimizer, recipe.seed)
+        checkpoints = Checkpoints(
+            folder, recipe.checkpoint_every, recipe.keep_checkpoints, self.facts, among
+        )
         trainer = Trainer(
             max_steps=stage.steps,
-            accelerator="cpu" if not torch.cuda.is_available() else "auto",
-            devices=1,
             logger=loggers,
             callbacks=[
-                AtomicCheckpoint(folder, recipe.checkpoint_every),
+                checkpoints,
+                Interrupts(checkpoints),
                 ProgressLine(self.console, recipe.model_config().tier_names),
                 MetricLog(recipe.log_every, sum(s.steps for s in before)),
             ],
-            gradient_clip_val=recipe.optimizer.gradient_clip,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
+            **trainer_arguments(strategy, among, clip),
         )
-        first = sum(s.steps * s.batch_size for s in before)
-        dataset = BatchDataset(self.source, stage, first)
-        pad_id = self.tokenizer.pad_token_id
-        checkpoint = folder / "last.ckpt"
+        dataset = BatchDataset(
+            self.source, stage, first, Part(among.rank, among.size), strategy.accumulate, skipped
+        )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
             warnings.filterwarnings("ignore", module="torchdata")
             loader = StatefulDataLoader(
                 dataset,
                 batch_size=None,
-                collate_fn=lambda examples: collate(examples, pad_id, recipe.data.prompt_loss),
+                collate_fn=partial(
+                    collate_step,
+                    pad_id=self.tokenizer.pad_token_id,
+                    prompt_loss=recipe.data.prompt_loss,
+                ),
             )
             trainer.fit(
-                module,
-                loader,
-                ckpt_path=checkpoint if checkpoint.is_file() else None,
-                weights_only=False,
+                module, loader, ckpt_path=found.folder if found else None, weights_only=False
             )
         if trainer.interrupted:
             raise KeyboardInterrupt
         report = StageReport(
-            stage.name, stage.steps, module.tokens_seen, module.training_flops, module.seconds
+            stage.name,
+            stage.steps,
+            module.tokens_seen,
+            module.training_flops,
+            module.seconds,
+            tuple(skipped),
         )
-        finish_stage(folder, module.model, report)
-        return module.model, report
+        finish_stage(folder, module.model, report, among)
+        is_whole = strategy.kind in ("single", "ddp")
+        return module.model if is_whole else None, report
 
     def _loggers(self) -> list[Any]:
+        if not self.among.is_first:
+            return []
         loggers: list[Any] = [CSVLogger(self.out, name="logs")]
         mode = os.environ.get("WANDB_MODE", self.recipe.wandb_mode)
         if mode != "disabled":
@@ -153,15 +232,20 @@ class Run:
         return loggers
 
 
-def finish_stage(folder: Path, model: DvpaForCausalLM, report: StageReport) -> None:
-    """Save the stage's model, then the marker that makes it count, then drop the resume file."""
-    shutil.rmtree(folder / "model", ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder / "model")
-    temporary = folder / "done.tmp"
-    temporary.write_text(json.dumps(report.__dict__))
-    os.replace(temporary, folder / "done.json")
-    (folder / "last.ckpt").unlink(missing_ok=True)
+def finish_stage(
+    folder: Path, model: DvpaForCausalLM, report: StageReport, among: Processes
+) -> None:
+    """Save the stage's model, then the marker that makes it count, then drop the checkpoints."""
+    if among.is_first:
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        (folder / "model").mkdir(parents=True)
+    write_model(model, folder / "model", among)
+    if among.is_first:
+        temporary = folder / "done.tmp"
+        temporary.write_text(json.dumps(report.__dict__))
+        os.replace(temporary, folder / "done.json")
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    among.barrier()
 
 
 def quiet_lightning() -> None:

@@ -1,0 +1,82 @@
+"""Every strategy on 2 and 4 processes takes the steps of a single process: losses and gradients.
+
+fp32, gloo, pico, 20 steps of each stage; expert parallelism, ZeRO and what goes with them included.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from train_worker import WATCHED_STEPS
+from train_world import STAGES, Trained, train
+
+LONG = tuple(f"stages.{name}.steps=20" for name in STAGES)
+SAME = 1e-5
+NEEDS_DEEPSPEED = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A single process."""
+    return train(tmp_path_factory.mktemp("alone") / "run", 1, *LONG)
+
+
+def check_equal(found: Trained, expected: Trained, has_gradients: bool = True) -> None:
+    """Losses of every step, gradients of some, and each stage's model."""
+    assert [step[:2] for step in found.steps] == [step[:2] for step in expected.steps]
+    assert len(found.steps) == 20 * len(STAGES)
+    assert found.losses == pytest.approx(expected.losses, rel=SAME)
+    for number, stage in enumerate(STAGES):
+        for step in WATCHED_STEPS if has_gradients else ():
+            check_gradients(found.gradients(stage, step), expected.gradients(stage, step))
+        ours = load_file(found.model(number) / "model.safetensors")
+        theirs = load_file(expected.model(number) / "model.safetensors")
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=2e-3, msg=name)
+
+
+def check_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Each differs by at most `SAME` of the whole gradient's norm.
+
+    (Of its own norm would ask for the impossible: with one expert a token, a normalised gate has no
+    gradient but rounding.)
+    """
+    assert found.keys() == expected.keys()
+    norm = torch.stack([grad.norm() for grad in expected.values()]).norm()
+    for name, grad in expected.items():
+        difference = (found[name].reshape(grad.shape) - grad).norm()
+        assert difference <= SAME * norm, name
+
+
+def test_expert_parallelism_on_two_processes(alone: Trained, tmp_path: Path) -> None:
+    """The worker also checks that each rank starts from its own experts, not the first one's."""
+    kind = ("strategy.kind=fsdp2", "strategy.expert_parallel=2")
+    check_equal(train(tmp_path / "run", 2, *LONG, *kind), alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (2, "kind=ddp"),
+        (4, "kind=ddp accumulate=2"),
+        (2, "kind=fsdp2"),
+        (4, "kind=fsdp2 activation_checkpointing=true"),
+        (4, "kind=fsdp2 expert_parallel=2 accumulate=2"),
+        pytest.param(2, "kind=deepspeed zero_stage=1", marks=NEEDS_DEEPSPEED),
+        pytest.param(2, "kind=deepspeed zero_stage=2", marks=NEEDS_DEEPSPEED),
+        pytest.param(4, "kind=deepspeed zero_stage=2", marks=NEEDS_DEEPSPEED),
+        pytest.param(2, "kind=deepspeed zero_stage=3", marks=NEEDS_DEEPSPEED),
+    ],
+)
+def test_every_strategy_takes_the_same_steps(
+    ranks: int, options: str, alone: Trained, tmp_path: Path
+) -> None:
+    kind = [f"strategy.{option}" for option in options.split()]
+    found = train(tmp_path / "run", ranks, *LONG, *kind)
+    check_equal(found, alone, has_gradients="deepspeed" not in options)

@@ -1,0 +1,122 @@
+"""One process of a training run, for tests: trains a recipe's stages and writes down every step.
+
+    torchrun ... tests/train_worker.py OUT RECIPE [key=value ...]
+
+`OUT.steps.jsonl`: a line per step (stage, step, loss, gradient norm) and start; `OUT.STAGE.pt`: the
+gradients of the stage's first steps. DVPA_TEST_KILL=RANK:STAGE/STEP kills that process with SIGKILL
+before that step of the run, the first time it comes there.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.distributed.tensor import DTensor
+
+from dvpa.model import DvpaForCausalLM
+from dvpa_train import main, module
+from dvpa_train.config import load_recipe
+from dvpa_train.expert_parallel import STACKED, ShardedExperts
+from dvpa_train.module import TierModule
+from dvpa_train.sharding import whole
+
+WATCHED_STEPS = (0, 3)
+
+
+class Watched(TierModule):
+    """Writes down what it does; takes no part in it."""
+
+    out: Path
+
+    def __init__(self, model: DvpaForCausalLM, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        self._before = {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    def configure_model(self) -> None:
+        """Every rank must hold its own slice of the experts, not the first one's."""
+        super().configure_model()
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, ShardedExperts):
+                for stacked in STACKED:
+                    ours = whole(getattr(layer, stacked)).flatten(0, 1)
+                    assert torch.equal(ours, self._before[f"{name}.{stacked}"]), name
+                    check_own_slice(layer, stacked, self._before[f"{name}.{stacked}"])
+        self._before = {}
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_index: int) -> torch.Tensor:
+        """Die here, if told to."""
+        kill, _, at = os.environ.get("DVPA_TEST_KILL", "").partition(":")
+        done = self.out.with_suffix(".killed")
+        here = f"{self.among.rank}:{self.stage.name}/{self.global_step}"
+        if here == f"{kill}:{at}" and not done.exists():
+            done.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().training_step(batch, batch_index)
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        """The step's gradients are complete, and not yet clipped."""
+        watched = self.global_step in WATCHED_STEPS and self.strategy.kind != "deepspeed"
+        if watched:
+            grads = {
+                n: whole(p.grad).clone() for n, p in self.model.named_parameters() if _has_grad(p)
+            }
+        super().configure_gradient_clipping(*args, **kwargs)
+        if not self.among.is_first:
+            return
+        if watched:
+            torch.save(grads, f"{self.out}.{self.stage.name}.{self.global_step}.pt")
+        row = [self.stage.name, self.global_step, self.latest["loss"].hex()]
+        with Path(f"{self.out}.steps.jsonl").open("a") as file:
+            file.write(json.dumps([*row, self.latest.get("gradient_norm", 0.0)]) + "\n")
+
+
+def check_own_slice(layer: ShardedExperts, name: str, full: torch.Tensor) -> None:
+    """Of [E, ...], this rank must hold exactly its experts of every group (inside: its part)."""
+    tensor = getattr(layer, name)
+    assert isinstance(tensor, DTensor)
+    grouped = full.unflatten(0, (layer.num_groups, -1))
+    part = layer.group_size // layer.num_ranks
+    rank = torch.distributed.get_rank() % layer.num_ranks
+    own = grouped[:, rank * part : (rank + 1) * part]
+    local = tensor.to_local()
+    replicas = torch.distributed.get_world_size() // layer.num_ranks
+    replica = torch.distributed.get_rank() // layer.num_ranks
+    assert any(
+        torch.equal(local, own.chunk(replicas, axis)[replica])
+        for axis in (2, 3)
+        if own.shape[axis] % replicas == 0
+    ), name
+
+
+def _has_grad(parameter: torch.Tensor) -> bool:
+    return parameter.grad is not None
+
+
+def run(out: Path, recipe: str, overrides: list[str]) -> None:
+    """Train all stages; the model's head and tier map are left out."""
+    Watched.out = out
+    module.TierModule = Watched  # type: ignore[misc]
+    from dvpa_train import stages
+
+    stages.TierModule = Watched  # type: ignore[misc]
+    main._score_and_calibrate = _stop_here  # type: ignore[assignment]
+    with contextlib.suppress(EndOfTraining):
+        main.run_recipe(load_recipe(recipe, overrides), out, Console(quiet=True))
+
+
+class EndOfTraining(Exception):
+    """The stages are done."""
+
+
+def _stop_here(*args: Any) -> Any:
+    raise EndOfTraining
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
