@@ -1,8 +1,16 @@
-"""What a step minimises: next-token cross-entropy per tier, and distillation from the top tier."""
+"""What a step minimises: next-token cross-entropy per tier, and distillation from the top tier.
+
+With a multi-token prediction module also, times lambda, the cross-entropy of the token after the
+next (DeepSeek-V3, arXiv 2412.19437, section 2.2).
+"""
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dvpa_train.batches import IGNORED
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -18,3 +26,47 @@ def distillation_kl(student: Tensor, teacher: Tensor, temperature: float) -> Ten
     target = torch.log_softmax(teacher.detach().float() / temperature, -1)
     guess = torch.log_softmax(student.float() / temperature, -1)
     return temperature**2 * F.kl_div(guess, target, reduction="none", log_target=True).sum(-1)
+
+
+@dataclass(frozen=True)
+class MtpSchedule:
+    """Lambda, the weight of multi-token prediction: `early` for two thirds of a run, then `late`.
+
+    DeepSeek-V3 (arXiv 2412.19437, section 4.2): 0.3 for 10 of 14.8 trillion tokens, then 0.1.
+    `first_step` is the stage's place among the run's `total_steps`. 0: the module does not run.
+    """
+
+    early: float = 0.0
+    late: float = 0.0
+    first_step: int = 0
+    total_steps: int = 1
+
+    def weight(self, step: int) -> float:
+        """Lambda at a step of the stage, from 0."""
+        return self.early if 3 * (self.first_step + step) < 2 * self.total_steps else self.late
+
+
+def mtp_targets(labels: Tensor, starts: Tensor | None = None) -> Tensor:
+    """Targets of the multi-token prediction module: at position i, what i + 1 has to predict.
+
+    Args:
+        labels: int64 [N, S], shifted (position i: token i + 1), `IGNORED` where not scored.
+        starts: bool [N, S], True on the first token of a packed document; where the next token is
+            one, the module would join two documents, so that position is not scored.
+
+    Returns:
+        int64 [N, S - 1].
+    """
+    targets = labels[:, 1:]
+    return targets if starts is None else targets.masked_fill(starts[:, 1:], IGNORED)
+
+
+def mtp_nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Per scored position: negative log likelihood in nats, and whether the best guess is right.
+
+    logits [N, S - 1, vocab], targets int64 [N, S - 1] -> fp32 [M], bool [M]. The mean of the second
+    is a proxy for how often a draft of the module would be accepted.
+    """
+    scored = targets != IGNORED
+    picked, wanted = logits[scored], targets[scored]
+    return token_nll(picked, wanted), picked.detach().argmax(-1) == wanted

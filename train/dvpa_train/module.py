@@ -19,19 +19,29 @@ from dvpa.pricing import price
 from dvpa_train.balance import LoadBalancer
 from dvpa_train.batches import IGNORED, Rows, assign_tiers
 from dvpa_train.config import OptimizerConfig, StageConfig
-from dvpa_train.losses import distillation_kl, token_nll
+from dvpa_train.losses import MtpSchedule, distillation_kl, mtp_nll, mtp_targets, token_nll
+
+WITHOUT_MTP = MtpSchedule()
 
 
 class TierModule(LightningModule):
     """Trains every tier of one model on one stage of the recipe."""
 
     def __init__(
-        self, model: DvpaForCausalLM, stage: StageConfig, optimizer: OptimizerConfig, seed: int
+        self,
+        model: DvpaForCausalLM,
+        stage: StageConfig,
+        optimizer: OptimizerConfig,
+        seed: int,
+        mtp: MtpSchedule = WITHOUT_MTP,
     ) -> None:
         super().__init__()
         self.model, self.stage, self.optimizer_config, self.seed = model, stage, optimizer, seed
+        self.mtp = mtp
         self.balancer = LoadBalancer(model)
-        self.activated = [tier.activated_params for tier in price(model.config).tiers]
+        priced = price(model.config).tiers
+        self.activated = [tier.activated_params for tier in priced]
+        self.mtp_activated = [tier.mtp_activated_params for tier in priced]
         self.training_flops = 0.0
         self.tokens_seen = 0
         self.seconds = 0.0
@@ -42,10 +52,15 @@ class TierModule(LightningModule):
         """Mean loss of the step's rows; tiers by (seed, stage, step)."""
         self._clock = self._clock or time.perf_counter()
         rows = assign_tiers(batch, self.stage, self.seed, self.global_step)
-        out = self.model(rows.input_ids, tiers=rows.tiers, use_cache=False)
-        self.balancer.observe(out.routing)
+        mtp = self.mtp.weight(self.global_step)
+        out = self.model(rows.input_ids, tiers=rows.tiers, use_cache=False, with_mtp=mtp > 0)
         loss, parts = self.loss(out.logits, rows)
-        self._count(rows)
+        self.tokens_seen += self._count(rows.tiers, self.activated)
+        if mtp > 0:
+            further, mtp_parts = self.mtp_loss(out.mtp_logits, rows)
+            loss, parts = loss + mtp * further, parts | mtp_parts
+            self._count(out.mtp_routing.tiers, self.mtp_activated)
+        self.balancer.observe((*out.routing, out.mtp_routing) if mtp > 0 else out.routing)
         self.latest = {"loss": float(loss.detach()), **parts}
         return loss
 
@@ -70,14 +85,25 @@ class TierModule(LightningModule):
         parts["distillation"] = float(kl.detach().mean())
         return 0.5 * (nll[:half].mean() + lower), parts
 
-    def _count(self, rows: Rows) -> None:
-        real = rows.tiers[rows.tiers != NO_TIER]
-        per_tier = torch.bincount(real, minlength=len(self.activated)).tolist()
-        self.tokens_seen += sum(per_tier)
+    def mtp_loss(self, logits: Tensor, rows: Rows) -> tuple[Tensor, dict[str, float]]:
+        """Mean cross-entropy of the token after the next over all rows, and how often it is right.
+
+        logits [N, S - 1, vocab] of the multi-token prediction module. Paired rows have the same
+        positions scored, so top and lower rows count one half each, as in `loss`.
+        """
+        nll, right = mtp_nll(logits, mtp_targets(rows.labels))
+        loss = nll.sum() / max(len(nll), 1)  # sequences of two tokens have nothing to score
+        return loss, {
+            "mtp_loss": float(loss.detach()),
+            "mtp_accuracy": float(right.sum()) / max(len(nll), 1),
+        }
+
+    def _count(self, tiers: Tensor, activated: list[int]) -> int:
+        """Add the FLOPs of positions at `tiers`; returns how many positions are no padding."""
+        per_tier = torch.bincount(tiers[tiers != NO_TIER], minlength=len(activated)).tolist()
         # forward and backward: three times two FLOPs per activated parameter
-        self.training_flops += sum(
-            6.0 * n * a for n, a in zip(per_tier, self.activated, strict=True)
-        )
+        self.training_flops += sum(6.0 * n * a for n, a in zip(per_tier, activated, strict=True))
+        return sum(per_tier)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Optimizer step, then the selection biases (never by gradient)."""

@@ -26,6 +26,7 @@ from dvpa_train.callbacks import AtomicCheckpoint, MetricLog, ProgressLine
 from dvpa_train.config import Recipe, StageConfig
 from dvpa_train.examples import BatchDataset, Source
 from dvpa_train.growth import grow
+from dvpa_train.losses import MtpSchedule
 from dvpa_train.module import TierModule
 
 
@@ -94,7 +95,9 @@ class Run:
     ) -> tuple[DvpaForCausalLM, StageReport]:
         recipe, folder = self.recipe, self.folder(index)
         before = recipe.stages[:index]
-        module = TierModule(model.train(), stage, recipe.optimizer, recipe.seed)
+        first_step = sum(s.steps for s in before)
+        mtp = MtpSchedule(*recipe.mtp_weights(), first_step, sum(s.steps for s in recipe.stages))
+        module = TierModule(model.train(), stage, recipe.optimizer, recipe.seed, mtp)
         trainer = Trainer(
             max_steps=stage.steps,
             accelerator="cpu" if not torch.cuda.is_available() else "auto",
@@ -103,7 +106,7 @@ class Run:
             callbacks=[
                 AtomicCheckpoint(folder, recipe.checkpoint_every),
                 ProgressLine(self.console, recipe.model_config().tier_names),
-                MetricLog(recipe.log_every, sum(s.steps for s in before)),
+                MetricLog(recipe.log_every, first_step),
             ],
             gradient_clip_val=recipe.optimizer.gradient_clip,
             enable_checkpointing=False,
