@@ -160,9 +160,14 @@ def test_logits_without_it_are_those_with_it(model: DvpaForCausalLM) -> None:
     assert torch.equal(model.generate(**kwargs, tiers=1), without.generate(**kwargs, tiers=1))
 
 
+@pytest.mark.parametrize("with_positions", [True, False])
 @torch.no_grad()
-def test_a_position_depends_on_its_own_past_and_tier_only(model: DvpaForCausalLM) -> None:
+def test_a_position_depends_on_its_own_past_and_tier_only(
+    model: DvpaForCausalLM, with_positions: bool
+) -> None:
     batch, tiers = left_padded([9, 6, 4]), torch.tensor([0, 2, 1])
+    if not with_positions:  # then only the mask says where a row begins
+        batch = batch._replace(position_ids=None)
     _, together = both(model, batch, tiers)
     for row, tier in enumerate(tiers.tolist()):
         length = int(batch.attention_mask[row].sum())
@@ -189,10 +194,12 @@ def test_padding_on_either_side_brings_no_expert_rows(model: DvpaForCausalLM) ->
 
 @torch.no_grad()
 def test_a_mask_made_by_the_caller_is_cut_too(model: DvpaForCausalLM) -> None:
-    ids = left_padded([7, 7]).input_ids
-    causal = torch.ones(7, 7).tril().bool()[None, None].expand(2, 1, 7, 7)
-    masked = model(ids, attention_mask=causal, tiers=2, use_cache=False, with_mtp=True)
-    assert torch.allclose(masked.mtp_logits, both(model, Batch(ids, None, None), 2)[1], atol=1e-5)
+    """Two documents in one row: the second predicts what it predicts alone."""
+    ids, document = left_padded([9]).input_ids, torch.tensor([0] * 5 + [1] * 4)
+    seen = torch.ones(9, 9).tril().bool() & (document[:, None] == document)
+    packed = model(ids, attention_mask=seen[None, None], tiers=2, use_cache=False, with_mtp=True)
+    _, alone = both(model, Batch(ids[:, 5:], None, None), 2)
+    assert torch.allclose(packed.mtp_logits[:, 5:], alone, atol=1e-5)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
