@@ -135,7 +135,7 @@ def test_transformers_own_module_loads_the_export(saved: Path, tmp_path: Path) -
     tokens, logits, _ = theirs(
         input_ids=ids[:, 1:],
         last_hidden_states=hidden[:, :-1],
-        attention_mask=None,
+        attention_mask=torch.ones(1, 8, dtype=torch.long),
         position_ids=torch.arange(1, 9)[None],
         mtp_cache=MtpCache(config=reference.config.get_mtp_config()),
     )
