@@ -49,6 +49,7 @@ class Architecture:
     intermediate_size: int = 256
     moe_intermediate_size: int = 48
     num_hidden_layers: int = 4
+    num_nextn_predict_layers: int = 0  # 1: a multi-token prediction module comes after the layers
     num_attention_heads: int = 4
     n_shared_experts: int = 1
     n_routed_experts: int = 32

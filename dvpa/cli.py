@@ -156,6 +156,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("checkpoint", metavar="CKPT", type=Path, help="a dvpa checkpoint")
     export.add_argument("--tier", required=True, help="a tier's name or index")
     export.add_argument("out", metavar="OUT", type=Path, help="a new folder")
+    export.add_argument(
+        "--keep-mtp",
+        action="store_true",
+        help="keep the multi-token prediction module, for engines that draft with it",
+    )
 
     serve = add(
         "serve",

@@ -111,8 +111,14 @@ def export(arguments: argparse.Namespace) -> None:
     with _quiet_transformers(), _reading(arguments.checkpoint):
         from dvpa.checkpoint.export import export_tier
 
-        export_tier(arguments.checkpoint, arguments.tier, arguments.out)
+        report = export_tier(
+            arguments.checkpoint, arguments.tier, arguments.out, keep_mtp=arguments.keep_mtp
+        )
     console().print(f"deepseek_v3 checkpoint of tier {arguments.tier}: {arguments.out}")
+    if report.dropped_mtp:
+        console().print(
+            f"left out (--keep-mtp): {report.dropped_mtp} tensors of multi-token prediction"
+        )
 
 
 def serve(arguments: argparse.Namespace) -> None:

@@ -66,6 +66,11 @@ def show_plan(name: str, tiers: Sequence[Any], priced: "ModelPrice") -> None:
             _count(cost.weight_bytes_fp8) + "B",
         )
     console().print(table)
+    if priced.mtp_params:
+        console().print(
+            f"beside them, for training and drafts: {_params(priced.mtp_params)} parameters of "
+            "multi-token prediction"
+        )
 
 
 def show_bench(name: str, rows: Sequence["BenchRow"]) -> None:

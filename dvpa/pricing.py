@@ -1,7 +1,11 @@
 """What a model costs, tier by tier: parameters, FLOPs, bytes. Exact, analytic, no torch.
 
-Every weight of the architecture is listed once (`_weights`); all numbers are sums over that list.
-Tests hold them against models on the meta device and against Transformers' own DeepSeek-V3.
+Every weight of the architecture is listed once (`_weights`, `_mtp`); all numbers are sums over that
+list. Tests hold them against models on the meta device and against Transformers' own DeepSeek-V3.
+
+The multi-token prediction module (`num_nextn_predict_layers`) has prices of its own, `mtp_params`
+and `mtp_activated_params`, and is in no other number: it runs in training or as a draft, never when
+a tier answers by itself. DeepSeek counts likewise: 671B parameters, and 14B of the module.
 
 Left out on purpose: activations, optimizer state and communication. The difficulty head runs once
 per request, not once per token, so it counts in `total_params` only.
@@ -34,6 +38,8 @@ class TierPrice:
         weight_bytes: bytes of the exported tier in bf16 (selection bias in fp32).
         weight_bytes_fp8: the same with attention and MLP matrices in block-scaled FP8.
         ratio_to_top: activated_params divided by the top tier's.
+        mtp_activated_params: what a token multiplies with in the multi-token prediction module at
+            this tier, the shared head included; 0 without the module.
     """
 
     name: str
@@ -44,11 +50,15 @@ class TierPrice:
     weight_bytes: int
     weight_bytes_fp8: int
     ratio_to_top: float
+    mtp_activated_params: int
 
 
 @dataclass(frozen=True)
 class ModelPrice:
     """The price of a model; `total_params` includes the difficulty head's `head_params`.
+
+    `mtp_params`: the multi-token prediction module, which `total_params` leaves out; embedding and
+    head are the model's own and not counted again. 0 without the module.
 
     `probe_flops_per_token`: what scoring costs per prompt token (the layers before the head, at the
     base tier); `head_flops_per_request`: the head and its logit lens, once. Both 0 without a head.
@@ -56,6 +66,7 @@ class ModelPrice:
     """
 
     total_params: int
+    mtp_params: int
     head_params: int
     probe_flops_per_token: int
     head_flops_per_request: int
@@ -108,7 +119,9 @@ def price(config: "Architecture", context: int = 0) -> ModelPrice:
     probe = _probe_flops(config, context)
     once = 2 * (head + config.vocab_size * config.hidden_size) if head else 0
     trunk = _layer_flops(config, context, config.first_k_dense_replace)
-    return ModelPrice(tiers[-1].tier_params + head, head, probe, once, trunk, tiers)
+    total = tiers[-1].tier_params + head
+    mtp = sum(w.size * w.stored for w in _mtp(config, num_tiers - 1))
+    return ModelPrice(total, mtp, head, probe, once, trunk, tiers)
 
 
 def _tier_price(
@@ -134,6 +147,7 @@ def _tier_price(
         weight_bytes=BF16_BYTES * stored + bias_bytes,
         weight_bytes_fp8=fp8_bytes + bias_bytes,
         ratio_to_top=activated / activated_top,
+        mtp_activated_params=_mtp_activated(config, tier),
     )
 
 
@@ -177,9 +191,27 @@ def _weights(config: "Architecture", tier: int) -> Iterator[_Weight]:
 
 def _layers(config: "Architecture", tier: int, num_layers: int) -> Iterator[_Weight]:
     """Every weight of the first `num_layers` layers at `tier`."""
-    hidden = config.hidden_size
     dense = min(config.first_k_dense_replace, num_layers)
-    moe = num_layers - dense
+    yield from _stack(config, tier, dense, num_layers - dense)
+
+
+def _mtp(config: "Architecture", tier: int) -> Iterator[_Weight]:
+    """Every weight of the multi-token prediction module at `tier` that no layer shares."""
+    if config.num_nextn_predict_layers:
+        hidden = config.hidden_size
+        yield _Weight((hidden,), 3, 3)  # norms of embedding, state and output
+        yield _Weight((hidden, 2 * hidden))  # eh_proj
+        yield from _stack(config, tier, dense=0, moe=1)
+
+
+def _mtp_activated(config: "Architecture", tier: int) -> int:
+    own = sum(w.size * w.active for w in _mtp(config, tier))
+    return own + config.vocab_size * config.hidden_size if own else 0
+
+
+def _stack(config: "Architecture", tier: int, dense: int, moe: int) -> Iterator[_Weight]:
+    """Every weight of so many dense and MoE layers at `tier`."""
+    hidden, num_layers = config.hidden_size, dense + moe
     yield _Weight((hidden,), 2 * num_layers, 2 * num_layers)  # norms
     for weight in _attention(config):
         yield _Weight(weight.shape, num_layers, num_layers, weight.quantized)

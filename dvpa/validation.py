@@ -71,6 +71,11 @@ def _validate_values(config: Any) -> None:
     for name in ("n_shared_experts", "first_k_dense_replace"):
         if not _is_whole(getattr(config, name), 0):
             raise ValueError(f"{name}: {getattr(config, name)!r} must be a whole number, 0 or more")
+    if not _is_whole(config.num_nextn_predict_layers, 0) or config.num_nextn_predict_layers > 1:
+        raise ValueError(
+            f"num_nextn_predict_layers: {config.num_nextn_predict_layers!r} must be 0 or 1 "
+            "(the module predicts one token further)"
+        )
     if config.q_lora_rank is not None and not _is_whole(config.q_lora_rank, 1):
         raise ValueError(f"q_lora_rank: {config.q_lora_rank!r} must be null or positive and whole")
     for name in _SWITCHES.split():

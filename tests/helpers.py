@@ -72,6 +72,11 @@ def tiny_model(
     return model
 
 
+def mtp_model(seed: int = 0, **changes: Any) -> DvpaForCausalLM:
+    """`tiny_model` with a module for multi-token prediction."""
+    return tiny_model(tiny_config(num_nextn_predict_layers=1, **changes), seed=seed)
+
+
 class Batch(NamedTuple):
     """Left-padded prompts: token ids, mask and positions, each int64 [B, S]."""
 

@@ -65,10 +65,16 @@ def count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_activated(model: nn.Module, config: DvpaConfig, tier: int) -> int:
+def mtp_prefix(config: DvpaConfig) -> str:
+    return f"model.layers.{config.num_hidden_layers}."
+
+
+def count_activated(model: nn.Module, config: DvpaConfig, tier: int, of_mtp: bool = False) -> int:
     """Parameters on a token's path, by the names of the whole model's parameters."""
     one, total = config.tiers[tier], 0
     for name, parameter in model.named_parameters():
+        if name.startswith(mtp_prefix(config)) != of_mtp:
+            continue
         share = 1.0
         untied_embedding = "embed_tokens" in name and not config.tie_word_embeddings
         if name.startswith("difficulty_head.") or untied_embedding:
@@ -106,7 +112,10 @@ def fp8_bytes(model: nn.Module) -> int:
 
 def assert_exact(config: DvpaConfig) -> None:
     model, priced = meta_model(config), price(config)
-    assert priced.total_params == count(model)
+    mtp = {n: p for n, p in model.named_parameters() if n.startswith(mtp_prefix(config))}
+    assert priced.mtp_params == sum(parameter.numel() for parameter in mtp.values())
+    assert (priced.mtp_params > 0) == bool(config.num_nextn_predict_layers)
+    assert priced.total_params == count(model) - priced.mtp_params
     head = getattr(model, "difficulty_head", None)
     assert priced.head_params == (0 if head is None else count(head))
     for tier, tier_price in enumerate(priced.tiers):
@@ -115,6 +124,9 @@ def assert_exact(config: DvpaConfig) -> None:
         assert tier_price.name == config.tier_names[tier]
         assert tier_price.tier_params == count(deepseek)
         assert tier_price.activated_params == count_activated(model, config, tier)
+        head = config.vocab_size * config.hidden_size
+        drafted = count_activated(model, config, tier, of_mtp=True) + head if mtp else 0
+        assert tier_price.mtp_activated_params == drafted
         assert tier_price.flops_per_token == 2 * tier_price.activated_params
         bias_bytes = 4 * config.pool_size(tier) * moe_layers
         assert tier_price.weight_bytes == 2 * count(deepseek) + bias_bytes
@@ -148,6 +160,7 @@ def small_configs(draw: st.DrawFn) -> DvpaConfig:
         intermediate_size=draw(sizes),
         moe_intermediate_size=draw(sizes),
         num_hidden_layers=layers,
+        num_nextn_predict_layers=draw(st.integers(0, 1)),
         num_attention_heads=draw(st.integers(1, 4)),
         n_shared_experts=draw(st.integers(0, 3)),
         n_routed_experts=groups * group_size,
@@ -224,6 +237,12 @@ def test_large_model_is_what_its_tiers_are_called() -> None:
     for tier in price(config).tiers:
         named = 1e9 * int(tier.name.removesuffix("b"))
         assert abs(tier.activated_params / named - 1) <= 0.03
+
+
+def test_the_large_models_module_is_one_layer_of_many() -> None:
+    priced = price(load_model_config("model/dvpa-7b-32b.yaml"))
+    assert priced.total_params == pytest.approx(153e9, rel=0.01)
+    assert priced.mtp_params == pytest.approx(3.35e9, rel=0.01)
 
 
 def test_seed_model_is_deepseekmoe_16b_in_size() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import left_padded, moe_layers, tiny_config, tiny_model
+from helpers import left_padded, moe_layers, mtp_model, tiny_model
 
 from dvpa.model import bundler
 from dvpa.model.standalone import AUTO_MAP, CONFIGURATION_FILE, MODELING_FILE
@@ -46,8 +46,9 @@ def check(model):
     assert type(model).__module__.startswith("transformers_modules."), type(model)
     inputs = {"input_ids": expected["input_ids"], "attention_mask": expected["attention_mask"]}
     with torch.no_grad():
-        out = model(**inputs, tiers=expected["tiers"])
+        out = model(**inputs, tiers=expected["tiers"], use_cache=False, with_mtp=True)
     assert torch.equal(out.logits, expected["logits"])
+    assert torch.equal(out.mtp_logits, expected["mtp_logits"])
     tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     assert torch.equal(tokens, expected["tokens"])
     assert model.tier_map.thresholds == (0.4, 0.5)
@@ -68,7 +69,7 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("dvpa", "dvpa
 
 
 def test_a_process_without_dvpa(tmp_path: Path) -> None:
-    model = tiny_model(tiny_config(tie_word_embeddings=True))
+    model = mtp_model(tie_word_embeddings=True)
     costs = model.tier_map.costs
     model.tier_map = TierMap("threshold", ("base", "middle", "top"), costs, 2, (0.4, 0.5))
     model.save_pretrained(tmp_path / "checkpoint")
@@ -78,9 +79,10 @@ def test_a_process_without_dvpa(tmp_path: Path) -> None:
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     tiers = torch.tensor([0, 2])
     with torch.no_grad():
-        logits = model(**inputs, tiers=tiers).logits
+        out = model(**inputs, tiers=tiers, use_cache=False, with_mtp=True)
     tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-    expected = {**inputs, "tiers": tiers, "logits": logits, "tokens": tokens}
+    expected = {**inputs, "tiers": tiers, "tokens": tokens}
+    expected |= {"logits": out.logits, "mtp_logits": out.mtp_logits}
     torch.save(expected, tmp_path / "expected.pt")
     environment = {
         **os.environ,

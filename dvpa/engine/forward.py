@@ -139,7 +139,8 @@ class Decoder:
         self.first_moe = config.first_k_dense_replace
         difficulty = config.difficulty
         self.probe_layer = self.first_moe if difficulty is None else difficulty.probe_layer
-        self._layers = [_Layer(cast("DvpaDecoderLayer", layer)) for layer in model.model.layers]
+        layers = model.model.layers[: config.num_hidden_layers]  # one more is no part of the stack
+        self._layers = [_Layer(cast("DvpaDecoderLayer", layer)) for layer in layers]
         self._embedding = model.model.embed_tokens.weight.detach()
         self._rotary = model.model.rotary_emb
         self._norm = Norm(model.model.norm)

@@ -13,6 +13,7 @@ index of E: empty), R rows (filled slots).
 """
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,9 +52,11 @@ def load_resident(
         ValueError: `max_resident_bytes` is too small (the message says what is needed), or the
             checkpoint is broken outside of the upper groups.
     """
-    config = read_config(folder)
+    stored = read_config(folder)
+    config = deepcopy(stored)
+    config.num_nextn_predict_layers = 0  # such a module is checked, and stays on the disk
     slots = count_slots(config, dtype, max_resident_bytes)
-    weights = WeightFiles(folder, config, device, drop_page_cache)
+    weights = WeightFiles(folder, stored, device, drop_page_cache)
     try:
         model = load_without_experts(config, weights, dtype, device)
         return model, ExpertStore(config, weights, slots, dtype=dtype, device=device)

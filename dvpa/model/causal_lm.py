@@ -26,7 +26,8 @@ from dvpa.model.cache_name import CACHE_NAME
 from dvpa.model.decoder import DvpaModel, DvpaPreTrainedModel
 from dvpa.model.difficulty import DifficultyHead, HeadOutput, last_position
 from dvpa.model.loading import find_problem
-from dvpa.model.router import Routing
+from dvpa.model.mtp import DvpaMtpLayer, pair_plan
+from dvpa.model.router import Routing, TierPlan
 from dvpa.model.standalone import AUTO_MAP, write_standalone
 from dvpa.pricing import price
 from dvpa.tiers.policy import Policy
@@ -45,12 +46,15 @@ class DvpaOutput(CausalLMOutputWithPast):
 
     `loss` scalar; `logits` [B, S, vocab]; the cache as `past_key_values` (from Transformers 5.24 on
     also `cache`); `difficulty` [B] where the model scored the prompt itself; `tiers` int64 [B] or
-    [B, S]; `routing` one record per MoE layer.
+    [B, S]; `routing` one record per MoE layer. `mtp_logits` [B, S - 1, vocab] and `mtp_routing`,
+    where asked for: at position i, of token i + 2.
     """
 
     difficulty: Tensor | None = None
     tiers: Tensor | None = None
     routing: tuple[Routing, ...] | None = None
+    mtp_logits: Tensor | None = None
+    mtp_routing: Routing | None = None
 
 
 class DvpaForCausalLM(DvpaPreTrainedModel, GenerationMixin):
@@ -61,6 +65,8 @@ class DvpaForCausalLM(DvpaPreTrainedModel, GenerationMixin):
     def __init__(self, config: DvpaConfig) -> None:
         super().__init__(config)
         self.model = DvpaModel(config)
+        if config.num_nextn_predict_layers:
+            self.model.layers.append(DvpaMtpLayer(config))  # V3's name for it; not in the stack
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.difficulty_head = None if config.difficulty is None else DifficultyHead(config)
@@ -96,6 +102,7 @@ class DvpaForCausalLM(DvpaPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         cache: Cache | None = None,
+        with_mtp: bool = False,
         **kwargs: Any,
     ) -> DvpaOutput | tuple[Any, ...]:
         """Logits of every position at the given tiers.
@@ -107,9 +114,10 @@ class DvpaForCausalLM(DvpaPreTrainedModel, GenerationMixin):
             labels: int64 [B, S], -100 ignored; shifted inside, as everywhere in Transformers.
             logits_to_keep: only the last n positions (0: all), or the given positions.
             past_key_values, cache: two names of one argument, see `cache_name`.
+            with_mtp: also run the multi-token prediction module; over whole sequences only.
 
         Raises:
-            ValueError: unknown tier, or shapes that do not fit.
+            ValueError: unknown tier, shapes that do not fit, or `with_mtp` where it cannot run.
         """
         scored: list[HeadOutput] = []
 
@@ -121,11 +129,14 @@ class DvpaForCausalLM(DvpaPreTrainedModel, GenerationMixin):
                 decisions = [self.policy.decide(d) for d in scored[0].difficulty.tolist()]
             return torch.tensor([d.tier for d in decisions], device=states.device)
 
+        past = past_key_values if cache is None else cache
+        if with_mtp and past is not None and past.get_seq_length():
+            raise ValueError("with_mtp: needs whole sequences, without a cached prompt")
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values if cache is None else cache,
+            past_key_values=past,
             inputs_embeds=inputs_embeds,
             tiers=self.config.tier_index(tiers) if isinstance(tiers, str) else tiers,
             choose=choose,
@@ -138,6 +149,12 @@ class DvpaForCausalLM(DvpaPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size)
+        mtp_logits, mtp_routing = None, None
+        if with_mtp:
+            embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            mtp_logits, mtp_routing = self.mtp_logits(
+                out.hidden, embeds, out.plan, attention_mask, position_ids, **kwargs
+            )
         result = DvpaOutput(
             loss=loss,
             logits=logits,
@@ -146,8 +163,50 @@ class DvpaForCausalLM(DvpaPreTrainedModel, GenerationMixin):
             difficulty=scored[0].difficulty if scored else None,
             tiers=out.tiers,
             routing=out.routing,
+            mtp_logits=mtp_logits,
+            mtp_routing=mtp_routing,
         )
         return result.to_tuple() if return_dict is False else result
+
+    def mtp_logits(
+        self,
+        hidden: Tensor,
+        embeds: Tensor,
+        plan: TierPlan,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Routing | None]:
+        """What the multi-token prediction module says of token i + 2 at position i.
+
+        Args:
+            hidden: [B, S, D] after the final norm; embeds: [B, S, D], the tokens' embeddings.
+            plan: the tiers of the same positions.
+            attention_mask, position_ids: as in `forward`.
+
+        Returns:
+            Logits [B, S - 1, vocab] of positions 0 .. S - 2, and what the module's router decided.
+
+        Raises:
+            ValueError: the model has no such module, or sequences are shorter than two tokens.
+        """
+        config = self.config
+        if not config.num_nextn_predict_layers:
+            raise ValueError("with_mtp: this model has no such module (num_nextn_predict_layers)")
+        length = hidden.shape[1] - 1
+        if length < 1:
+            raise ValueError("with_mtp: needs sequences of two tokens or more")
+        if position_ids is None:
+            position_ids = torch.arange(length, device=hidden.device)[None]
+        if attention_mask is not None and attention_mask.dim() == 4:  # made by the caller
+            attention_mask = attention_mask[..., :length, :length]
+        elif attention_mask is not None:
+            attention_mask = attention_mask[:, :length]
+        shared = self.model.shared_inputs(hidden[:, :-1], attention_mask, position_ids[:, :length])
+        read, routing = self.model.layers[config.num_hidden_layers](
+            hidden[:, :-1], pair_plan(plan), embeds[:, 1:], **shared, **kwargs
+        )
+        return self.lm_head(read), routing
 
     def probe_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Base-tier states after `probe_layer` layers, [B, S, D]; nothing beyond them runs."""
@@ -217,7 +276,9 @@ class DvpaForCausalLM(DvpaPreTrainedModel, GenerationMixin):
         except (RuntimeError, SafetensorError) as error:
             problem = None
             if folder.is_dir():
-                problem = find_problem(folder, config or DvpaConfig.from_pretrained(folder))
+                config = config or DvpaConfig.from_pretrained(folder)
+                ignored = cls._keys_to_ignore_on_load_unexpected or ()
+                problem = find_problem(folder, config, ignored)
             if problem is None and not isinstance(error, SafetensorError):
                 raise  # not the checkpoint's fault: out of memory, for one
             raise ValueError(f"{folder}: {problem or error}") from error

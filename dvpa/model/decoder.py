@@ -39,7 +39,7 @@ class StackOutput:
     """What a pass through the stack gives.
 
     `hidden` [B, S, D] after the final norm, the cache, `tiers` int64 [B] or [B, S], one Routing per
-    MoE layer, and the states between layers if asked for.
+    MoE layer, the states between layers if asked for, and the plan that the last layers ran.
     """
 
     hidden: Tensor
@@ -47,6 +47,7 @@ class StackOutput:
     tiers: Tensor
     routing: tuple[Routing, ...]
     layer_states: tuple[Tensor, ...] | None
+    plan: TierPlan
 
 
 class DvpaRotaryEmbedding(Fp32Buffers, LlamaRotaryEmbedding):
@@ -89,7 +90,7 @@ class DvpaPreTrainedModel(PreTrainedModel):
     config_class = DvpaConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DvpaDecoderLayer"]  # noqa: RUF012 (Transformers' contract)
+    _no_split_modules = ["DvpaDecoderLayer", "DvpaMtpLayer"]  # noqa: RUF012 (Transformers' contract)
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -111,7 +112,11 @@ class DvpaPreTrainedModel(PreTrainedModel):
 
 
 class DvpaModel(DvpaPreTrainedModel):
-    """Embedding, dense trunk, nested-MoE layers, final norm."""
+    """Embedding, dense trunk, nested-MoE layers, final norm.
+
+    `layers` may hold one more than `num_hidden_layers`, which the stack never runs: the module for
+    multi-token prediction (`dvpa.model.mtp`), named as in V3.
+    """
 
     def __init__(self, config: DvpaConfig) -> None:
         super().__init__(config)
@@ -154,18 +159,7 @@ class DvpaModel(DvpaPreTrainedModel):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + past)[None]
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **{CACHE_NAME: past_key_values},
-        )
-        shared = {
-            "position_embeddings": self.rotary_emb(hidden, position_ids),
-            "attention_mask": mask,
-            **kwargs,
-        }
+        shared = self.shared_inputs(hidden, attention_mask, position_ids, past_key_values) | kwargs
         config, valid = self.config, _valid_positions(attention_mask, hidden)
         base = self.plan(0, valid)
         dense, probe = config.first_k_dense_replace, self._probe_layer
@@ -175,7 +169,7 @@ class DvpaModel(DvpaPreTrainedModel):
         next_layer = dense
         if stop_at_probe:
             hidden, routing = self._run(hidden, range(dense, probe), base, None, shared, states)
-            return StackOutput(hidden, None, base.tiers, routing, tuple(states or ()))
+            return StackOutput(hidden, None, base.tiers, routing, tuple(states or ()), base)
         if tiers is None:
             if past or choose is None:
                 raise ValueError("tiers: required once a prompt is cached (pass outputs.tiers on)")
@@ -199,7 +193,28 @@ class DvpaModel(DvpaPreTrainedModel):
             tiers_out,
             routing + rest_routing,
             tuple(states) if states else None,
+            plan,
         )
+
+    def shared_inputs(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        past_key_values: Cache | None = None,
+    ) -> dict[str, Any]:
+        """What every layer is given beside its states: rotary tables and the causal mask."""
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **{CACHE_NAME: past_key_values},
+        )
+        return {
+            "position_embeddings": self.rotary_emb(hidden, position_ids),
+            "attention_mask": mask,
+        }
 
     @property
     def _probe_layer(self) -> int:

@@ -4,6 +4,8 @@ Transformers reports some failures of loading without saying which tensor caused
 runs unless loading failed.
 """
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -12,8 +14,11 @@ from dvpa.config import DvpaConfig
 from dvpa.model.tensor_names import tensor_shapes
 
 
-def find_problem(folder: Path, config: DvpaConfig) -> str | None:
-    """The first corrupt shard or misfitting tensor of a folder; None if everything fits."""
+def find_problem(folder: Path, config: DvpaConfig, ignored: Iterable[str] = ()) -> str | None:
+    """The first corrupt shard or misfitting tensor of a folder; None if everything fits.
+
+    Tensors that match one of the patterns `ignored` may be there in vain.
+    """
     found: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("model*.safetensors")):
         try:
@@ -28,4 +33,6 @@ def find_problem(folder: Path, config: DvpaConfig) -> str | None:
             return f"{name}: missing"
         if found[name] != shape:
             return f"{name}: shape {found[name]}, expected {shape}"
-    return next((f"{name}: unknown tensor" for name in found if name not in expected), None)
+    unknown = (name for name in found if name not in expected)
+    kept = (name for name in unknown if not any(re.search(p, name) for p in ignored))
+    return next((f"{name}: unknown tensor" for name in kept), None)

@@ -21,6 +21,8 @@ def tensor_shapes(config: DvpaConfig) -> dict[str, Shape]:
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         shapes.update((prefix + name, shape) for name, shape in _layer(config, layer))
+    if config.num_nextn_predict_layers:
+        shapes.update((mtp_prefix(config) + name, shape) for name, shape in _mtp(config))
     shapes["model.norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
@@ -28,10 +30,24 @@ def tensor_shapes(config: DvpaConfig) -> dict[str, Shape]:
     return shapes
 
 
+def mtp_prefix(config: DvpaConfig) -> str:
+    """What the names of the multi-token prediction module's tensors begin with, as in V3."""
+    return f"model.layers.{config.num_hidden_layers}."
+
+
 def expert_index(name: str) -> int | None:
     """The routed expert that a tensor belongs to; None if it is no routed expert's."""
     _, found, rest = name.partition(".mlp.experts.")
     return int(rest.split(".")[0]) if found else None
+
+
+def _mtp(config: DvpaConfig) -> Iterator[tuple[str, Shape]]:
+    """V3 also stores copies of the embedding and the head here; ours are the model's own."""
+    hidden = config.hidden_size
+    yield from _layer(config, config.num_hidden_layers)
+    for norm in ("enorm", "hnorm", "shared_head.norm"):
+        yield f"{norm}.weight", (hidden,)
+    yield "eh_proj.weight", (hidden, 2 * hidden)
 
 
 def _layer(config: DvpaConfig, layer: int) -> Iterator[tuple[str, Shape]]:

@@ -21,6 +21,7 @@ class LoadBalancer:
     def __init__(self, model: DvpaForCausalLM, among: Processes | None = None) -> None:
         config, self.among = model.config, among or Processes()
         layers: list[Any] = list(model.model.layers)  # ModuleList hides their class
+        # The last one may be the multi-token prediction module's, which not every step runs.
         self.routers = [layer.mlp.gate for layer in layers if layer.is_moe]
         self.pools = [config.pool_size(tier) for tier in range(config.num_tiers)]
         self.group_size = config.group_size
@@ -29,7 +30,7 @@ class LoadBalancer:
 
     @torch.no_grad()
     def observe(self, routing: Sequence[Routing]) -> None:
-        """Add one forward pass's rows to the counts."""
+        """Add one forward pass's rows to the counts; layers in order, as many as have run."""
         experts, tiers = self.num_experts, len(self.pools)
         for layer, routed in enumerate(routing):
             used = (routed.topk_index < experts) & (routed.tiers >= 0)[:, None]
@@ -57,7 +58,8 @@ class LoadBalancer:
         out: dict[str, float] = {}
         for tier, pool in enumerate(self.pools):
             load = self.load[:, tier, :pool]
-            if not load.sum():
+            load = load[load.sum(-1) > 0]  # layers that have run at this tier
+            if not len(load):
                 continue
             out[f"max_violation/tier_{tier}"] = _violation(load)
             out[f"dead_experts/tier_{tier}"] = float((load == 0).sum())

@@ -49,7 +49,11 @@ def baseline_rows(trained: TrainedRun, console: Console) -> dict[str, dict[str, 
     rows: dict[str, dict[str, Any]] = {}
     config = trained.model.config
     nested_flops = sum(stage.training_flops for stage in trained.stages)
-    per_token = [6.0 * tier.activated_params for tier in price(config).tiers]
+    trains_mtp = any(trained.recipe.mtp_weights())
+    per_token = [
+        6.0 * (tier.activated_params + trains_mtp * tier.mtp_activated_params)
+        for tier in price(config).tiers
+    ]
     ordinary = single_tier(config, config.n_group, config.tiers[-1].top_k)
     fixed, flops = _train(trained, "fixed", ordinary, nested_flops / per_token[-1], console)
     for tier in config.tiers:

@@ -73,11 +73,15 @@ def collate(examples: Sequence[Example], pad_id: int, prompt_loss: bool) -> dict
 def collate_step(
     item: tuple[Sequence[Example], Sequence[Example]], pad_id: int, prompt_loss: bool
 ) -> dict[str, Tensor]:
-    """`collate` of a micro-batch; `scored` counts the labels of all this process's step."""
+    """`collate` of a micro-batch; `scored` [2] counts the labels of all this process's step.
+
+    All of them, and those that a prediction two tokens ahead has, too.
+    """
     micro, of_step = item
     batch = collate(micro, pad_id, prompt_loss)
     everything = batch if len(micro) == len(of_step) else collate(of_step, pad_id, prompt_loss)
-    return {**batch, "scored": (everything["labels"] != IGNORED).sum()}
+    has_label = everything["labels"] != IGNORED
+    return {**batch, "scored": torch.stack((has_label.sum(), has_label[:, 1:].sum()))}
 
 
 def assign_tiers(

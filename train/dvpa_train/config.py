@@ -85,6 +85,15 @@ class StageConfig:
 
 
 @dataclass
+class MtpConfig:
+    """The loss of the multi-token prediction module: no model is changed by it, only trained."""
+
+    weight: list[float] = field(
+        default_factory=lambda: [0.3, 0.1]
+    )  # for the first two thirds of all stages' steps, then; 0: not run
+
+
+@dataclass
 class DifficultyStage:
     """Head training on the checkpoint's own outcomes; the backbone is frozen."""
 
@@ -141,6 +150,7 @@ class Recipe:
     data: DataConfig
     stages: list[StageConfig]
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mtp: MtpConfig | None = None  # null: the default, if the model has such a module
     difficulty: DifficultyStage = field(default_factory=DifficultyStage)
     calibration: CalibrationStage = field(default_factory=CalibrationStage)
     seed: int = 0
@@ -155,6 +165,12 @@ class Recipe:
     def model_config(self) -> DvpaConfig:
         """The full model's configuration."""
         return load_model_config(self.model)
+
+    def mtp_weights(self) -> list[float]:
+        """Weight of the multi-token prediction loss, early and late; zeros without the module."""
+        if not self.model_config().num_nextn_predict_layers:
+            return [0.0, 0.0]
+        return (self.mtp or MtpConfig()).weight
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -216,6 +232,8 @@ def _check(recipe: Recipe, path: Path) -> None:
     if (recipe.data.graded is None) != bool(recipe.data.files):
         raise ValueError(f"{path}: data: give either graded or files")
     _check_strategy(recipe, path, config)
+    if recipe.mtp is not None:
+        _check_mtp(recipe.mtp, config, path)
     if not recipe.stages:
         raise ValueError(f"{path}: stages: must not be empty")
     previous = 0
@@ -275,3 +293,12 @@ def _check_strategy(recipe: Recipe, path: Path, config: DvpaConfig) -> None:
         raise ValueError(f"{path}: guard.spike_factor: {guard.spike_factor} must be 0 or above 1")
     if guard.window < 1 or guard.max_rollbacks < 0:
         raise ValueError(f"{path}: guard: window must be positive, max_rollbacks 0 or more")
+
+
+def _check_mtp(mtp: MtpConfig, config: DvpaConfig, path: Path) -> None:
+    if len(mtp.weight) != 2 or not all(0 <= weight <= 1 for weight in mtp.weight):
+        raise ValueError(f"{path}: mtp.weight: {mtp.weight} must be two numbers in 0 .. 1")
+    if any(mtp.weight) and not config.num_nextn_predict_layers:
+        raise ValueError(
+            f"{path}: mtp.weight: {mtp.weight} needs a model with num_nextn_predict_layers: 1"
+        )

@@ -20,12 +20,18 @@ def grow(model: DvpaForCausalLM, config: DvpaConfig, seed: int) -> DvpaForCausal
     """A model of `config`, which must extend `model`'s: same widths and first tiers, more groups.
 
     Raises:
-        ValueError: `config` does not contain the model's tiers.
+        ValueError: `config` does not contain the model's tiers, or only one of the two has a
+            multi-token prediction module, whose experts grow like every layer's.
     """
     small = model.config
     if config.group_size != small.group_size or config.tiers[: small.num_tiers] != small.tiers:
         raise ValueError(
             f"config: its tiers {config.tier_names} must begin with the model's {small.tier_names}"
+        )
+    if config.num_nextn_predict_layers != small.num_nextn_predict_layers:
+        raise ValueError(
+            f"config: num_nextn_predict_layers: {config.num_nextn_predict_layers} must be the "
+            f"model's, {small.num_nextn_predict_layers}"
         )
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():

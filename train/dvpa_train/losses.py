@@ -1,10 +1,16 @@
-"""What a step minimises: next-token cross-entropy per tier, and distillation from the top tier."""
+"""What a step minimises: next-token cross-entropy per tier, and distillation from the top tier.
+
+With a multi-token prediction module also, times lambda, the cross-entropy of the token after the
+next (DeepSeek-V3, arXiv 2412.19437, section 2.2).
+"""
 
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dvpa_train.batches import IGNORED
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -26,8 +32,9 @@ def distillation_kl(student: Tensor, teacher: Tensor, temperature: float) -> Ten
 class StepSums:
     """What a step reports, as sums that add up over micro-batches and processes.
 
-    `values` fp64 [3 * tiers + 3]: per tier the summed nll, its count and the tokens run; then the
-    summed distillation, its count, and the loss.
+    `values` fp64 [4 * tiers + 6]: per tier the summed nll, its count, the tokens run and those the
+    multi-token prediction module ran; then distillation and its count; that module's nll, right
+    guesses and count; the loss.
     """
 
     values: Tensor
@@ -35,7 +42,7 @@ class StepSums:
     @classmethod
     def zeros(cls, num_tiers: int, device: torch.device) -> "StepSums":
         """Nothing yet."""
-        return cls(torch.zeros(3 * num_tiers + 3, dtype=torch.float64, device=device))
+        return cls(torch.zeros(4 * num_tiers + 6, dtype=torch.float64, device=device))
 
     def __add__(self, other: "StepSums") -> "StepSums":
         return StepSums(self.values + other.values)
@@ -43,37 +50,106 @@ class StepSums:
     @torch.no_grad()
     def add(self, loss: Tensor, nll: Tensor, tiers: Tensor, run: Tensor) -> None:
         """Loss, nll [N] with its tiers [N], and the tiers of all tokens that were run."""
-        size = self._num_tiers
-        for column, (where, weights) in enumerate(
-            ((tiers, nll.double()), (tiers, None), (run, None))
-        ):
-            counted = torch.bincount(where, weights, minlength=size)
-            self.values[column * size : (column + 1) * size] += counted.to(self.values)
+        self._count(0, tiers, nll.double())
+        self._count(1, tiers)
+        self._count(2, run)
         self.values[-1] += loss
 
     @torch.no_grad()
     def add_distillation(self, kl: Tensor) -> None:
         """KL of every position."""
-        self.values[-3] += kl.double().sum()
-        self.values[-2] += kl.numel()
+        self.values[-6] += kl.double().sum()
+        self.values[-5] += kl.numel()
+
+    @torch.no_grad()
+    def add_mtp(self, nll: Tensor, right: Tensor) -> None:
+        """Multi-token prediction: nll and right guesses of every scored position."""
+        self.values[-4] += nll.double().sum()
+        self.values[-3] += right.sum()
+        self.values[-2] += nll.numel()
+
+    @torch.no_grad()
+    def add_mtp_run(self, tiers: Tensor) -> None:
+        """Tiers of all positions the module has run; negative: padding."""
+        self._count(3, tiers[tiers >= 0])
+
+    def _count(self, column: int, tiers: Tensor, weights: Tensor | None = None) -> None:
+        size = self._num_tiers
+        counted = torch.bincount(tiers, weights, minlength=size)
+        self.values[column * size : (column + 1) * size] += counted.to(self.values)
 
     @property
     def _num_tiers(self) -> int:
-        return (len(self.values) - 3) // 3
+        return (len(self.values) - 6) // 4
 
     @property
     def tokens(self) -> list[float]:
         """Tokens run per tier."""
+        return self._column(2)
+
+    @property
+    def mtp_tokens(self) -> list[float]:
+        """Positions the multi-token prediction module has run, per tier."""
+        return self._column(3)
+
+    def _column(self, column: int) -> list[float]:
         size = self._num_tiers
-        return list(self.values[2 * size : 3 * size].tolist())
+        found: list[float] = self.values[column * size : (column + 1) * size].tolist()
+        return found
 
     def means(self) -> dict[str, float]:
-        """`loss`, `nll/tier_T` of the tiers that had tokens, `distillation`."""
-        values, size = self.values.tolist(), self._num_tiers
-        found = {"loss": values[-1]}
-        for tier in range(size):
-            if values[size + tier]:
-                found[f"nll/tier_{tier}"] = values[tier] / values[size + tier]
-        if values[-2]:
-            found["distillation"] = values[-3] / values[-2]
+        """`loss`, `nll/tier_T` of the tiers that had tokens, `distillation`, `mtp_loss`, ..."""
+        found = {"loss": float(self.values[-1])}
+        for tier, (total, count) in enumerate(zip(self._column(0), self._column(1), strict=True)):
+            if count:
+                found[f"nll/tier_{tier}"] = total / count
+        kl, kl_count, mtp, right, mtp_count = self.values[-6:-1].tolist()
+        if kl_count:
+            found["distillation"] = kl / kl_count
+        if mtp_count:
+            found |= {"mtp_loss": mtp / mtp_count, "mtp_accuracy": right / mtp_count}
         return found
+
+
+@dataclass(frozen=True)
+class MtpSchedule:
+    """Lambda, the weight of multi-token prediction: `early` for two thirds of a run, then `late`.
+
+    DeepSeek-V3 (arXiv 2412.19437, section 4.2): 0.3 for 10 of 14.8 trillion tokens, then 0.1.
+    `first_step` is the stage's place among the run's `total_steps`. 0: the module does not run.
+    """
+
+    early: float = 0.0
+    late: float = 0.0
+    first_step: int = 0
+    total_steps: int = 1
+
+    def weight(self, step: int) -> float:
+        """Lambda at a step of the stage, from 0."""
+        return self.early if 3 * (self.first_step + step) < 2 * self.total_steps else self.late
+
+
+def mtp_targets(labels: Tensor, starts: Tensor | None = None) -> Tensor:
+    """Targets of the multi-token prediction module: at position i, what i + 1 has to predict.
+
+    Args:
+        labels: int64 [N, S], shifted (position i: token i + 1), `IGNORED` where not scored.
+        starts: bool [N, S], True on the first token of a packed document; where the next token is
+            one, the module would join two documents, so that position is not scored.
+
+    Returns:
+        int64 [N, S - 1].
+    """
+    targets = labels[:, 1:]
+    return targets if starts is None else targets.masked_fill(starts[:, 1:], IGNORED)
+
+
+def mtp_nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Per scored position: negative log likelihood in nats, and whether the best guess is right.
+
+    logits [N, S - 1, vocab], targets int64 [N, S - 1] -> fp32 [M], bool [M]. The mean of the second
+    is a proxy for how often a draft of the module would be accepted.
+    """
+    scored = targets != IGNORED
+    picked, wanted = logits[scored], targets[scored]
+    return token_nll(picked, wanted), picked.detach().argmax(-1) == wanted

@@ -20,10 +20,19 @@ from dvpa_train.balance import LoadBalancer
 from dvpa_train.batches import IGNORED, Part, Rows, assign_tiers
 from dvpa_train.config import GuardConfig, OptimizerConfig, StageConfig, StrategyConfig
 from dvpa_train.guard import Guard
-from dvpa_train.losses import StepSums, distillation_kl, token_nll
+from dvpa_train.losses import (
+    MtpSchedule,
+    StepSums,
+    distillation_kl,
+    mtp_nll,
+    mtp_targets,
+    token_nll,
+)
 from dvpa_train.processes import Processes
 from dvpa_train.sharding import clip_gradients, shard
 from dvpa_train.zero import keep_whole
+
+WITHOUT_MTP = MtpSchedule()
 
 
 class TierModule(LightningModule):
@@ -47,13 +56,17 @@ class TierModule(LightningModule):
         strategy: StrategyConfig | None = None,
         among: Processes | None = None,
         guard: GuardConfig | None = None,
+        mtp: MtpSchedule = WITHOUT_MTP,
     ) -> None:
         super().__init__()
         self.model, self.stage, self.optimizer_config, self.seed = model, stage, optimizer, seed
         self.strategy, self.among = strategy or StrategyConfig(), among or Processes()
         self.guard = Guard(guard or GuardConfig())
         self.balancer = LoadBalancer(model, self.among)
-        self.activated = [tier.activated_params for tier in price(model.config).tiers]
+        self.mtp = mtp
+        priced = price(model.config).tiers
+        self.activated = [tier.activated_params for tier in priced]
+        self.mtp_activated = [tier.mtp_activated_params for tier in priced]
         self.training_flops = 0.0
         self.tokens_seen = 0
         self.seconds = 0.0
@@ -61,7 +74,8 @@ class TierModule(LightningModule):
         self.stop_wanted = False  # by this process; all of them stop after the same step
         self.is_stopping = False
         self._sums: StepSums | None = None  # of the micro-batches so far
-        self._scored = 0.0  # tokens of the step that are learnt from, of all processes
+        # Labels of the step, of all processes: of the next token, and of the one after it.
+        self._scored = self._scored_next = 0.0
         self._clock: float | None = None  # when the last step ended
         self._is_laid_out = False
 
@@ -88,12 +102,17 @@ class TierModule(LightningModule):
         scored = batch.pop("scored")
         if micro == 0:
             self._begin_step(scored)
+        mtp = self.mtp.weight(self.global_step)
         size = self.among.size
         part = Part(micro * size + self.among.rank, self.strategy.accumulate * size)
         rows = assign_tiers(batch, self.stage, self.seed, self.global_step, part)
-        out = self.model(rows.input_ids, tiers=rows.tiers, use_cache=False)
-        self.balancer.observe(out.routing)
+        out = self.model(rows.input_ids, tiers=rows.tiers, use_cache=False, with_mtp=mtp > 0)
         loss, sums = self.loss(out.logits, rows, self._scored)
+        if mtp > 0:
+            further = self.mtp_loss(out.mtp_logits, rows, sums, self._scored_next)
+            sums.add_mtp_run(out.mtp_routing.tiers)
+            loss = loss + mtp * further
+        self.balancer.observe((*out.routing, out.mtp_routing) if mtp > 0 else out.routing)
         self._sums = sums if self._sums is None else self._sums + sums
         return loss * self._loss_factor
 
@@ -124,6 +143,21 @@ class TierModule(LightningModule):
         sums.add(loss.detach(), nll.detach(), tiers, real)
         return loss, sums
 
+    def mtp_loss(
+        self, logits: Tensor, rows: Rows, sums: StepSums, scored: float | None = None
+    ) -> Tensor:
+        """Mean cross-entropy of the token after the next over all rows; `sums` takes note of it.
+
+        logits [N, S - 1, vocab] of the multi-token prediction module. Paired rows have the same
+        positions scored, so top and lower rows count one half each, as in `loss`. `scored` as
+        there; sequences of two tokens have nothing to score.
+        """
+        nll, right = mtp_nll(logits, mtp_targets(rows.labels))
+        halves = 2 if rows.paired else 1
+        count = max(len(nll) if scored is None else halves * scored, 1)
+        sums.add_mtp(nll.detach(), right)
+        return nll.sum() / count
+
     @property
     def _loss_factor(self) -> float:
         """Undoes what is divided by later: micro-batches, and processes where they are averaged."""
@@ -131,9 +165,14 @@ class TierModule(LightningModule):
         return self.strategy.accumulate * (self.among.size if averaged else 1)
 
     def _begin_step(self, scored: Tensor) -> None:
-        wanted = torch.tensor([float(scored), float(self.stop_wanted)], device=self.device)
+        """What all processes' labels of the step add up to, and whether one of them wants out."""
+        wanted = torch.tensor([*scored.tolist(), float(self.stop_wanted)], device=self.device)
         total = self.among.sum(wanted).tolist()
-        self._scored, self.is_stopping = max(total[0], 1.0), total[1] > 0
+        self._scored, self._scored_next, self.is_stopping = (
+            max(total[0], 1.0),
+            total[1],
+            total[2] > 0,
+        )
         self._sums = None
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
@@ -152,7 +191,7 @@ class TierModule(LightningModule):
         # forward and backward: three times two FLOPs per activated parameter
         self.training_flops += sum(
             6.0 * n * a for n, a in zip(per_tier, self.activated, strict=True)
-        )
+        ) + sum(6.0 * n * a for n, a in zip(sums.mtp_tokens, self.mtp_activated, strict=True))
         self.guard.check(self.global_step, self.latest["loss"])
 
     def configure_gradient_clipping(

@@ -32,6 +32,7 @@ from dvpa_train.examples import BatchDataset, Source, check_batch
 from dvpa_train.growth import grow
 from dvpa_train.guard import RefusedStep
 from dvpa_train.interrupts import Interrupts
+from dvpa_train.losses import MtpSchedule
 from dvpa_train.module import TierModule
 from dvpa_train.processes import Processes
 from dvpa_train.strategies import trainer_arguments
@@ -160,10 +161,17 @@ class Run:
         found, passed_over = find_latest(folder, self.facts, among)
         for problem in passed_over:
             self.console.print(f"{stage.name}: not resumed from {problem}")
+        first_step = sum(s.steps for s in recipe.stages[:index])
         module = TierModule(
-            model.train(), stage, recipe.optimizer, recipe.seed, strategy, among, recipe.guard
+            model.train(),
+            stage,
+            recipe.optimizer,
+            recipe.seed,
+            strategy,
+            among,
+            recipe.guard,
+            MtpSchedule(*recipe.mtp_weights(), first_step, sum(s.steps for s in recipe.stages)),
         )
-        before = recipe.stages[:index]
         checkpoints = Checkpoints(
             folder, recipe.checkpoint_every, recipe.keep_checkpoints, self.facts, among
         )
@@ -174,7 +182,7 @@ class Run:
                 checkpoints,
                 Interrupts(checkpoints),
                 ProgressLine(self.console, recipe.model_config().tier_names),
-                MetricLog(recipe.log_every, sum(s.steps for s in before)),
+                MetricLog(recipe.log_every, first_step),
             ],
             enable_checkpointing=False,
             enable_progress_bar=False,
