@@ -18,15 +18,15 @@ from dvpa.model.router import NO_TIER
 from dvpa.tasks.encoding import right_pad
 from dvpa_train.config import StageConfig
 from dvpa_train.examples import Example
-
-IGNORED = -100
+from dvpa_train.packed import IGNORED, PackedRow
 
 
 @dataclass(frozen=True)
 class Rows:
     """`input_ids`, `labels` (shifted; -100 ignored), `tiers` (none on padding): int64 [N, S].
 
-    Rows are padded on the right, where causal attention never looks, so no mask is needed.
+    Rows are padded on the right, where causal attention never looks, so no mask is needed; rows of
+    several documents have `position_ids` int64 [N, S], from which the model masks one from another.
 
     With distillation the first half of the rows are the examples at the top tier, the second half
     the same examples lower; `paired` says so.
@@ -36,6 +36,7 @@ class Rows:
     labels: Tensor
     tiers: Tensor
     paired: bool
+    position_ids: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -44,7 +45,10 @@ class Rows:
 
 
 def collate(examples: Sequence[Example], pad_id: int, prompt_loss: bool) -> dict[str, Tensor]:
-    """Right-padded inputs and next-token labels of B examples."""
+    """Right-padded inputs and next-token labels of B examples; packed rows bring their own."""
+    packed = [example for example in examples if isinstance(example, PackedRow)]
+    if packed:
+        return _collate_packed(packed, pad_id)
     ids, mask = right_pad([[*prompt, *completion] for prompt, completion in examples], pad_id)
     labels = np.full_like(ids, IGNORED)
     labels[:, :-1] = np.where(mask[:, 1:] == 1, ids[:, 1:], IGNORED)
@@ -56,6 +60,15 @@ def collate(examples: Sequence[Example], pad_id: int, prompt_loss: bool) -> dict
         "attention_mask": torch.from_numpy(mask),
         "labels": torch.from_numpy(labels),
     }
+
+
+def _collate_packed(rows: Sequence[PackedRow], pad_id: int) -> dict[str, Tensor]:
+    """Padding, behind a folder's last tokens, has position 0 throughout: a document a token."""
+    ids, mask = right_pad([row.input_ids for row in rows], pad_id)
+    labels, _ = right_pad([row.labels for row in rows], IGNORED)
+    positions, _ = right_pad([row.position_ids for row in rows], 0)
+    named = {"input_ids": ids, "attention_mask": mask, "labels": labels, "position_ids": positions}
+    return {name: torch.from_numpy(array) for name, array in named.items()}
 
 
 def assign_tiers(batch: dict[str, Tensor], stage: StageConfig, seed: int, step: int) -> Rows:
@@ -96,4 +109,4 @@ def stage_key(stage: StageConfig) -> int:
 def _rows(batch: dict[str, Tensor], tiers: Any, paired: bool) -> Rows:
     spread = torch.from_numpy(np.ascontiguousarray(tiers, dtype=np.int64))
     spread = spread.masked_fill(batch["attention_mask"] == 0, NO_TIER)
-    return Rows(batch["input_ids"], batch["labels"], spread, paired)
+    return Rows(batch["input_ids"], batch["labels"], spread, paired, batch.get("position_ids"))

@@ -29,6 +29,7 @@ from dvpa_train.difficulty import train_head
 from dvpa_train.examples import PARTS, Source, make_source
 from dvpa_train.growth import attach_head
 from dvpa_train.stages import Run, StageReport, quiet_lightning
+from dvpa_train.tokenizer_files import check_tokenizer, copy_tokenizer
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -90,9 +91,15 @@ def _tokenizer(recipe: Recipe, source: Source, out: Path) -> PreTrainedTokenizer
     folder = out / "tokenizer"
     if not (folder / "tokenizer_config.json").is_file():
         scratch = out / "tokenizer.tmp"
-        train_tokenizer(source.tokenizer_lines(), recipe.model_config().vocab_size, scratch)
+        if recipe.tokenizer:
+            copy_tokenizer(Path(recipe.tokenizer), scratch)
+        else:
+            train_tokenizer(source.tokenizer_lines(), recipe.model_config().vocab_size, scratch)
         os.replace(scratch, folder)
-    return AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if recipe.tokenizer:
+        check_tokenizer(tokenizer, recipe.model_config(), recipe.tokenizer)
+    return tokenizer
 
 
 def _score_and_calibrate(

@@ -42,7 +42,9 @@ class TierModule(LightningModule):
         """Mean loss of the step's rows; tiers by (seed, stage, step)."""
         self._clock = self._clock or time.perf_counter()
         rows = assign_tiers(batch, self.stage, self.seed, self.global_step)
-        out = self.model(rows.input_ids, tiers=rows.tiers, use_cache=False)
+        out = self.model(
+            rows.input_ids, position_ids=rows.position_ids, tiers=rows.tiers, use_cache=False
+        )
         self.balancer.observe(out.routing)
         loss, parts = self.loss(out.logits, rows)
         self._count(rows)
