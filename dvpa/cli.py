@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         "run or resume a progressive training recipe",
         "train/words.yaml --set trainer.seed=1",
     )
+    train.epilog = f"{train.epilog}; large text is tokenised first: see `dvpa-train prepare --help`"
     train.add_argument("recipe", metavar="RECIPE.yaml", help="a training recipe")
     train.add_argument("--out", help="the run's folder (default: the recipe's)")
     train.add_argument(

@@ -18,9 +18,9 @@ from torch import Tensor
 from dvpa.model.router import NO_TIER
 from dvpa.tasks.encoding import right_pad
 from dvpa_train.config import StageConfig
+from dvpa_train.packed import IGNORED, PackedRow
 
-Example = tuple[list[int], list[int]]  # ids of prompt and completion
-IGNORED = -100
+Example = tuple[list[int], list[int]] | PackedRow  # ids of prompt and completion, or a window
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ WHOLE_STEP = Part()
 class Rows:
     """`input_ids`, `labels` (shifted; -100 ignored), `tiers` (none on padding): int64 [N, S].
 
-    Rows are padded on the right, where causal attention never looks, so no mask is needed.
+    Rows are padded on the right, where causal attention never looks, so no mask is needed; rows of
+    several documents have `position_ids` int64 [N, S], from which the model masks one from another.
 
     With distillation the first half of the rows are the examples at the top tier, the second half
     the same examples lower; `paired` says so.
@@ -48,6 +49,7 @@ class Rows:
     labels: Tensor
     tiers: Tensor
     paired: bool
+    position_ids: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -56,7 +58,10 @@ class Rows:
 
 
 def collate(examples: Sequence[Example], pad_id: int, prompt_loss: bool) -> dict[str, Tensor]:
-    """Right-padded inputs and next-token labels of B examples."""
+    """Right-padded inputs and next-token labels of B examples; packed rows bring their own."""
+    packed = [example for example in examples if isinstance(example, PackedRow)]
+    if packed:
+        return _collate_packed(packed, pad_id)
     ids, mask = right_pad([[*prompt, *completion] for prompt, completion in examples], pad_id)
     labels = np.full_like(ids, IGNORED)
     labels[:, :-1] = np.where(mask[:, 1:] == 1, ids[:, 1:], IGNORED)
@@ -70,6 +75,15 @@ def collate(examples: Sequence[Example], pad_id: int, prompt_loss: bool) -> dict
     }
 
 
+def _collate_packed(rows: Sequence[PackedRow], pad_id: int) -> dict[str, Tensor]:
+    """Padding, behind a folder's last tokens, has position 0 throughout: a document a token."""
+    ids, mask = right_pad([row.input_ids for row in rows], pad_id)
+    labels, _ = right_pad([row.labels for row in rows], IGNORED)
+    positions, _ = right_pad([row.position_ids for row in rows], 0)
+    named = {"input_ids": ids, "attention_mask": mask, "labels": labels, "position_ids": positions}
+    return {name: torch.from_numpy(array) for name, array in named.items()}
+
+
 def collate_step(
     item: tuple[Sequence[Example], Sequence[Example]], pad_id: int, prompt_loss: bool
 ) -> dict[str, Tensor]:
@@ -81,7 +95,10 @@ def collate_step(
     batch = collate(micro, pad_id, prompt_loss)
     everything = batch if len(micro) == len(of_step) else collate(of_step, pad_id, prompt_loss)
     has_label = everything["labels"] != IGNORED
-    return {**batch, "scored": torch.stack((has_label.sum(), has_label[:, 1:].sum()))}
+    has_next = has_label[:, 1:]
+    if "position_ids" in everything:  # not across the start of a packed document
+        has_next = has_next & (everything["position_ids"][:, 1:] != 0)
+    return {**batch, "scored": torch.stack((has_label.sum(), has_next.sum()))}
 
 
 def assign_tiers(
@@ -126,4 +143,4 @@ def stage_key(stage: StageConfig) -> int:
 def _rows(batch: dict[str, Tensor], tiers: Any, paired: bool) -> Rows:
     spread = torch.from_numpy(np.ascontiguousarray(tiers, dtype=np.int64))
     spread = spread.masked_fill(batch["attention_mask"] == 0, NO_TIER)
-    return Rows(batch["input_ids"], batch["labels"], spread, paired)
+    return Rows(batch["input_ids"], batch["labels"], spread, paired, batch.get("position_ids"))

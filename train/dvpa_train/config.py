@@ -42,11 +42,38 @@ class FileData:
 
 
 @dataclass
+class PackedPart:
+    """One folder that `dvpa-train prepare` wrote."""
+
+    path: str
+    weight: float = 1.0  # of its share of the samples, against the other folders'
+    name: str = ""  # in a stage's `mixture`; empty: the folder's name
+
+    @property
+    def label(self) -> str:
+        """What a stage's `mixture` calls it."""
+        return self.name or Path(self.path).name
+
+
+@dataclass
+class PackedData:
+    """Prepared folders to train on, as rows of `sequence_length` tokens."""
+
+    sources: list[PackedPart]
+    sequence_length: int = 1024
+    seed: int | None = None  # of the order; null: the recipe's
+
+
+@dataclass
 class DataConfig:
-    """Where examples come from: `graded`, or `files`, not both."""
+    """Where examples come from: `graded`, or `files`, not both.
+
+    With `packed`, training rows come from there, and graded or files are for evaluation only.
+    """
 
     graded: GradedData | None = None
     files: list[FileData] = field(default_factory=list)
+    packed: PackedData | None = None
     validation_fraction: float = 0.15  # of files
     max_length: int = 64  # tokens per sequence; longer ones are cut, and counted
     prompt_loss: bool = False  # also learn to predict the prompt
@@ -73,6 +100,7 @@ class StageConfig:
     batch_size: int = 256
     tier_weights: list[float] = field(default_factory=list)  # empty: uniform over its tiers
     level_weights: list[float] = field(default_factory=list)  # empty: data.graded.train_weights
+    mixture: dict[str, float] = field(default_factory=dict)  # empty: data.packed's weights
     warmup_steps: int = 20
     learning_rate_scale: list[float] = field(
         default_factory=lambda: [1.0, 1.0]
@@ -153,6 +181,7 @@ class Recipe:
     mtp: MtpConfig | None = None  # null: the default, if the model has such a module
     difficulty: DifficultyStage = field(default_factory=DifficultyStage)
     calibration: CalibrationStage = field(default_factory=CalibrationStage)
+    tokenizer: str = ""  # a tokenizer or checkpoint folder; empty: trained on the data
     seed: int = 0
     threads: int = 2
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
@@ -234,6 +263,7 @@ def _check(recipe: Recipe, path: Path) -> None:
     _check_strategy(recipe, path, config)
     if recipe.mtp is not None:
         _check_mtp(recipe.mtp, config, path)
+    _check_packed(recipe, path, config)
     if not recipe.stages:
         raise ValueError(f"{path}: stages: must not be empty")
     previous = 0
@@ -254,7 +284,7 @@ def _check(recipe: Recipe, path: Path) -> None:
             stage.tier_weights and not sum(stage.tier_weights)
         ):
             raise ValueError(f"{where}.tier_weights: must be non-negative with a positive sum")
-        if stage.level_weights and recipe.data.graded is None:
+        if stage.level_weights and (recipe.data.graded is None or recipe.data.packed):
             raise ValueError(f"{where}.level_weights: only graded tasks have levels")
         for name in ("steps", "batch_size"):
             if getattr(stage, name) < 1:
@@ -302,3 +332,35 @@ def _check_mtp(mtp: MtpConfig, config: DvpaConfig, path: Path) -> None:
         raise ValueError(
             f"{path}: mtp.weight: {mtp.weight} needs a model with num_nextn_predict_layers: 1"
         )
+
+
+def _check_packed(recipe: Recipe, path: Path, config: DvpaConfig) -> None:
+    packed = recipe.data.packed
+    if packed is None:
+        for i, stage in enumerate(recipe.stages):
+            if stage.mixture:
+                raise ValueError(f"{path}: stages[{i}].mixture: only packed data is mixed")
+        return
+    if not recipe.tokenizer:
+        raise ValueError(f"{path}: tokenizer: packed data needs the one it was prepared with")
+    if not 2 <= packed.sequence_length <= config.max_position_embeddings:
+        raise ValueError(
+            f"{path}: data.packed.sequence_length: {packed.sequence_length} must be in 2 .. "
+            f"{config.max_position_embeddings} (the model's max_position_embeddings)"
+        )
+    names = [part.label for part in packed.sources]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"{path}: data.packed.sources: {names} must be different names, not none")
+    _check_weights({p.label: p.weight for p in packed.sources}, f"{path}: data.packed.sources")
+    for i, stage in enumerate(recipe.stages):
+        where = f"{path}: stages[{i}].mixture"
+        for name in stage.mixture:
+            if name not in names:
+                raise ValueError(f"{where}: {name} is not one of {', '.join(names)}")
+        _check_weights(stage.mixture, where)
+
+
+def _check_weights(weights: dict[str, float], where: str) -> None:
+    for name, weight in weights.items():
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"{where}: {name}: weight {weight} must be positive and finite")

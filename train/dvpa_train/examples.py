@@ -21,6 +21,8 @@ from dvpa.tasks import GradedTasks, Task, TaskSet, TextCorpus, load_gsm8k, load_
 from dvpa.tasks.encoding import encode_tasks
 from dvpa_train.batches import WHOLE_STEP, Example, Part
 from dvpa_train.config import DataConfig, FileData, GradedData, Recipe, StageConfig
+from dvpa_train.packed import PackedRow
+from dvpa_train.packed_source import PackedSource
 
 PARTS = ("head", "fit", "calibrate", "test")
 TOKENIZER_LINES = 20_000
@@ -52,9 +54,12 @@ class Source(Protocol):
 
 def make_source(recipe: Recipe) -> Source:
     """The source a recipe asks for."""
+    source: Source
     if recipe.data.graded is not None:
-        return GradedSource(recipe.data.graded, recipe.seed)
-    return FileSource(recipe.data, recipe.seed)
+        source = GradedSource(recipe.data.graded, recipe.seed)
+    else:
+        source = FileSource(recipe.data, recipe.seed)
+    return source if recipe.data.packed is None else PackedSource(recipe, evaluation=source)
 
 
 class GradedSource:
@@ -128,8 +133,11 @@ class FileSource:
 
     def _read(self, file: FileData, path: Path) -> tuple[list[Task], list[Task]]:
         """(training, held-out) tasks of one file."""
-        fraction = 1.0 if file.evaluation_only else self.data.validation_fraction
+        never_trains = file.evaluation_only or self.data.packed is not None
+        fraction = 1.0 if never_trains else self.data.validation_fraction
         if file.format == "text":
+            if self.data.packed is not None and not file.evaluation_only:
+                return [], _passages(TextCorpus.from_files(path), file.path)
             if fraction == 1.0:
                 raise ValueError(f"data.files: {file.path}: text cannot be evaluation_only")
             parts = TextCorpus.from_files(path).split(fraction)
@@ -180,7 +188,10 @@ class FileSource:
 
     def collect(self, model: Any, tokenizer: Any, tasks: TaskSet, **kwargs: Any) -> OutcomeTable:
         """Quality: exp(-(nll_t - nll_top)+) of the completion, design section 2."""
-        fitting = _fitting(tokenizer, tasks, model.config.max_position_embeddings)
+        limit = model.config.max_position_embeddings
+        fitting = _fitting(tokenizer, tasks, limit)
+        if not len(fitting):
+            raise ValueError(f"data.files: none of {len(tasks)} held-out tasks fits {limit} tokens")
         table = collect_outcomes(model, tokenizer, fitting, **kwargs)
         return replace(table, quality=np.exp(-np.maximum(table.nll - table.nll[:, -1:], 0.0)))
 

@@ -32,6 +32,7 @@ from dvpa_train.growth import attach_head
 from dvpa_train.processes import processes
 from dvpa_train.stages import Run, StageReport, quiet_lightning
 from dvpa_train.strategies import num_threads
+from dvpa_train.tokenizer_files import check_tokenizer, copy_tokenizer
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -125,8 +126,14 @@ def hash_tokenizer(folder: Path) -> str:
 def _make_tokenizer(recipe: Recipe, source: Source, folder: Path) -> None:
     if not (folder / "tokenizer_config.json").is_file():
         scratch = folder.with_name("tokenizer.tmp")
-        train_tokenizer(source.tokenizer_lines(), recipe.model_config().vocab_size, scratch)
+        if recipe.tokenizer:
+            copy_tokenizer(Path(recipe.tokenizer), scratch)
+        else:
+            train_tokenizer(source.tokenizer_lines(), recipe.model_config().vocab_size, scratch)
         os.replace(scratch, folder)
+    if recipe.tokenizer:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        check_tokenizer(tokenizer, recipe.model_config(), recipe.tokenizer)
 
 
 def _score_and_calibrate(

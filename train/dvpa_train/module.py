@@ -106,7 +106,13 @@ class TierModule(LightningModule):
         size = self.among.size
         part = Part(micro * size + self.among.rank, self.strategy.accumulate * size)
         rows = assign_tiers(batch, self.stage, self.seed, self.global_step, part)
-        out = self.model(rows.input_ids, tiers=rows.tiers, use_cache=False, with_mtp=mtp > 0)
+        out = self.model(
+            rows.input_ids,
+            position_ids=rows.position_ids,
+            tiers=rows.tiers,
+            use_cache=False,
+            with_mtp=mtp > 0,
+        )
         loss, sums = self.loss(out.logits, rows, self._scored)
         if mtp > 0:
             further = self.mtp_loss(out.mtp_logits, rows, sums, self._scored_next)
@@ -152,7 +158,8 @@ class TierModule(LightningModule):
         positions scored, so top and lower rows count one half each, as in `loss`. `scored` as
         there; sequences of two tokens have nothing to score.
         """
-        nll, right = mtp_nll(logits, mtp_targets(rows.labels))
+        starts = None if rows.position_ids is None else rows.position_ids == 0
+        nll, right = mtp_nll(logits, mtp_targets(rows.labels, starts))
         halves = 2 if rows.paired else 1
         count = max(len(nll) if scored is None else halves * scored, 1)
         sums.add_mtp(nll.detach(), right)
