@@ -1,5 +1,6 @@
 """Conversations: rendering by chat template, which tokens are learned, and every bad row."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
+from dvpa.server.prompts import Prompts
+from dvpa.server.schemas import Message
 from dvpa.tasks import ChatTask, read_chats, train_tokenizer
 from dvpa.tasks.chat import ASSISTANT, Turn, as_chat, encode_chat, encode_conversation
 from dvpa.tasks.encoding import encode_task, encode_tasks
@@ -141,6 +145,15 @@ def test_a_special_token_in_a_message_is_text(split: bool) -> None:
     assert tokenizer.backend_tokenizer.encode_special_tokens is split
 
 
+def test_the_server_asks_with_the_ids_that_were_trained(tmp_path: Path) -> None:
+    """It is loaded so that special tokens in prompts are text; those of the template are not."""
+    make_tokenizer().save_pretrained(tmp_path)
+    served = Prompts(AutoTokenizer.from_pretrained(tmp_path, split_special_tokens=True), 256)
+    messages = [Message(role=role, content=content) for role, content in TURNS[:-1]]
+    (pair,) = encode_tasks(make_tokenizer(), [chat(TURNS)])
+    assert asyncio.run(served.encode_chat(messages)) == pair[0]
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
@@ -152,9 +165,7 @@ def test_a_special_token_in_a_message_is_text(split: bool) -> None:
     ],
     ids=["none", "rewrites", "no-eos", "refuses"],
 )
-def test_a_bad_template_is_one_error_that_names_the_row(
-    template: str | None, message: str
-) -> None:
+def test_a_bad_template_is_one_error_that_names_the_row(template: str | None, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         encode_conversation(make_tokenizer(template), chat(TURNS))
     assert "data.jsonl:7" in str(error.value)
@@ -180,9 +191,7 @@ GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "co
         ({"messages": GOOD["messages"][1:]}, "first one must not be the assistant's"),
     ],
 )
-def test_a_bad_row_is_one_error_that_names_its_line(
-    tmp_path: Path, row: Any, message: str
-) -> None:
+def test_a_bad_row_is_one_error_that_names_its_line(tmp_path: Path, row: Any, message: str) -> None:
     path = tmp_path / "chats.jsonl"
     text = row if isinstance(row, str) else json.dumps(row)
     path.write_text(f"{json.dumps(GOOD)}\n\n{text}\n")

@@ -98,13 +98,12 @@ def encode_chat(tokenizer: Any, turns: Sequence[Turn], generation_prompt: bool) 
     """
     spelt = [token for token in tokenizer.all_special_tokens if any(token in t for _, t in turns)]
     guards = {chr(_FIRST_GUARD + i): token for i, token in enumerate(spelt)}
-    text = _render(tokenizer, _guarded(turns, guards), generation_prompt)
     if not guards:
-        return _encode(tokenizer, text, split=False)
+        return _encode(tokenizer, _render(tokenizer, turns, generation_prompt), split=False)
+    text = _render(tokenizer, _guarded(turns, guards), generation_prompt)
     ids: list[int] = []
-    for part in re.split("([" + "".join(guards) + "])", text):
-        if part:
-            ids += _encode(tokenizer, guards.get(part, part), split=part in guards)
+    for part in filter(None, re.split("([" + "".join(guards) + "])", text)):
+        ids += _encode(tokenizer, guards.get(part, part), split=part in guards)
     return ids
 
 
