@@ -44,13 +44,19 @@ class Rows:
 
 
 def collate(examples: Sequence[Example], pad_id: int, prompt_loss: bool) -> dict[str, Tensor]:
-    """Right-padded inputs and next-token labels of B examples."""
-    ids, mask = right_pad([[*prompt, *completion] for prompt, completion in examples], pad_id)
+    """Right-padded inputs and next-token labels of B examples.
+
+    A conversation's user turns are prompt wherever they stand.
+    """
+    ids, mask = right_pad([[*example[0], *example[1]] for example in examples], pad_id)
     labels = np.full_like(ids, IGNORED)
     labels[:, :-1] = np.where(mask[:, 1:] == 1, ids[:, 1:], IGNORED)
     if not prompt_loss:
-        for row, (prompt, _) in enumerate(examples):
+        for row, (prompt, completion, *learned) in enumerate(examples):
             labels[row, : len(prompt) - 1] = IGNORED
+            if learned:
+                answers = labels[row, len(prompt) - 1 :][: len(completion)]
+                answers[~np.array(*learned)] = IGNORED
     return {
         "input_ids": torch.from_numpy(ids),
         "attention_mask": torch.from_numpy(mask),
