@@ -23,11 +23,12 @@ from dvpa.evaluate.table import OutcomeTable
 from dvpa.model import DvpaForCausalLM
 from dvpa.pricing import price
 from dvpa.tasks import TaskSet, train_tokenizer
-from dvpa.tiers.calibrate import Budget, Split, fit_tier_map
+from dvpa.tiers.calibrate import MIN_REQUESTS, Budget, Split, fit_tier_map
 from dvpa_train.config import Recipe
 from dvpa_train.difficulty import train_head
 from dvpa_train.examples import PARTS, Source, make_source
 from dvpa_train.growth import attach_head
+from dvpa_train.initial import changed_files, fingerprint, load_tokenizer, set_template
 from dvpa_train.stages import Run, StageReport, quiet_lightning
 
 FloatArray = npt.NDArray[np.float64]
@@ -67,8 +68,16 @@ def run_recipe(recipe: Recipe, out: Path, console: Console) -> TrainedRun:
     source = make_source(recipe)
     tokenizer = _tokenizer(recipe, source, out)
     source.prepare(tokenizer)
+    if source.describe():
+        console.print(f"data          {source.describe()}", soft_wrap=True)
     sizes = dict.fromkeys(PARTS, recipe.calibration.items) | {"head": recipe.difficulty.items}
     tasks = source.held_out(sizes)  # before the training: too few items should not cost minutes
+    for part in ("fit", "calibrate"):
+        if len(tasks[part]) < MIN_REQUESTS:
+            raise ValueError(
+                f"data: {len(tasks[part])} held-out tasks for {part}; at least {MIN_REQUESTS} are "
+                "needed (validation_fraction, calibration.items)"
+            )
     model, stages = Run(recipe, out, source, tokenizer, console).train()
     model, outcomes = _score_and_calibrate(recipe, source, tokenizer, model, tasks, out, console)
     _save(model, tokenizer, out / "checkpoint")
@@ -78,8 +87,16 @@ def run_recipe(recipe: Recipe, out: Path, console: Console) -> TrainedRun:
 def _claim(out: Path, recipe: Recipe) -> None:
     """Remember the recipe and its model, and refuse to mix two runs in one folder."""
     claim = {"recipe": asdict(recipe), "model": recipe.model_config().to_dict()}
+    if recipe.initial_checkpoint is not None:
+        claim["initial_checkpoint"] = fingerprint(recipe.initial_checkpoint)
     path, text = out / "recipe.json", json.dumps(claim, indent=1)
     if path.is_file() and path.read_text() != text:
+        changed = changed_files(json.loads(path.read_text()), claim)
+        if changed:
+            raise ValueError(
+                f"initial_checkpoint: {recipe.initial_checkpoint}: {', '.join(changed)} changed "
+                f"since the run in {out} began; choose another folder or delete it"
+            )
         raise ValueError(
             f"{out}: holds a run of another recipe; choose another folder or delete it"
         )
@@ -87,12 +104,17 @@ def _claim(out: Path, recipe: Recipe) -> None:
 
 
 def _tokenizer(recipe: Recipe, source: Source, out: Path) -> PreTrainedTokenizerBase:
+    """Trained once on the source's text, or the starting checkpoint's."""
+    template = recipe.data.chat_template
+    if recipe.initial_checkpoint is not None:
+        size = recipe.model_config().vocab_size
+        return load_tokenizer(recipe.initial_checkpoint, size, template)
     folder = out / "tokenizer"
     if not (folder / "tokenizer_config.json").is_file():
         scratch = out / "tokenizer.tmp"
         train_tokenizer(source.tokenizer_lines(), recipe.model_config().vocab_size, scratch)
         os.replace(scratch, folder)
-    return AutoTokenizer.from_pretrained(folder)
+    return set_template(AutoTokenizer.from_pretrained(folder), template)
 
 
 def _score_and_calibrate(
@@ -105,8 +127,7 @@ def _score_and_calibrate(
     console: Console,
 ) -> tuple[DvpaForCausalLM, dict[str, OutcomeTable]]:
     """Difficulty head, then the tier map; each on held-out tasks of its own."""
-    config = recipe.model_config()
-    config.vocab_size = len(tokenizer)
+    config = recipe.sized_config(len(tokenizer))
     model = attach_head(model, config, recipe.seed).eval()
     (out / "outcomes").mkdir(exist_ok=True)
     # Routed requests have their prompt read by the base tier, which scores it on the way.
@@ -125,6 +146,9 @@ def _score_and_calibrate(
             prompt_tier=0,
             uncertainty=recipe.data.graded is not None,
         )
+        left_out = len(tasks[part]) - len(outcomes[part])
+        if left_out:
+            console.print(f"{part:<13} {left_out} held-out rows exceed the context: left out")
     outcomes[WHOLE] = source.collect(model, tokenizer, tasks["test"])
     for part, table in outcomes.items():
         table.save_jsonl(out / "outcomes" / f"{part}.jsonl")

@@ -2,7 +2,7 @@
 
 One forward pass carries all tiers of the step. Rows at the top tier are the teacher of the same
 examples at a lower tier in the same pass (in-place distillation), so no second model and no second
-pass is needed.
+pass is needed; fine-tuning may put a frozen teacher in their place.
 """
 
 import math
@@ -20,15 +20,22 @@ from dvpa_train.balance import LoadBalancer
 from dvpa_train.batches import IGNORED, Rows, assign_tiers
 from dvpa_train.config import OptimizerConfig, StageConfig
 from dvpa_train.losses import distillation_kl, token_nll
+from dvpa_train.teacher import Teacher
 
 
 class TierModule(LightningModule):
     """Trains every tier of one model on one stage of the recipe."""
 
     def __init__(
-        self, model: DvpaForCausalLM, stage: StageConfig, optimizer: OptimizerConfig, seed: int
+        self,
+        model: DvpaForCausalLM,
+        stage: StageConfig,
+        optimizer: OptimizerConfig,
+        seed: int,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
+        self.teacher = [teacher]  # in a list: no part of the module, nor of its checkpoints
         self.model, self.stage, self.optimizer_config, self.seed = model, stage, optimizer, seed
         self.balancer = LoadBalancer(model)
         self.activated = [tier.activated_params for tier in price(model.config).tiers]
@@ -44,13 +51,27 @@ class TierModule(LightningModule):
         rows = assign_tiers(batch, self.stage, self.seed, self.global_step)
         out = self.model(rows.input_ids, tiers=rows.tiers, use_cache=False)
         self.balancer.observe(out.routing)
-        loss, parts = self.loss(out.logits, rows)
+        loss, parts = self.loss(out.logits, rows, self._teach(rows))
         self._count(rows)
         self.latest = {"loss": float(loss.detach()), **parts}
         return loss
 
-    def loss(self, logits: Tensor, rows: Rows) -> tuple[Tensor, dict[str, float]]:
-        """Cross-entropy, mixed with distillation on the lower rows; and the mean nll per tier."""
+    def _teach(self, rows: Rows) -> Tensor | None:
+        """A frozen teacher's logits of the step's examples, [N / 2, S, vocab]."""
+        (teacher,) = self.teacher
+        if teacher is None or not rows.paired:
+            return None
+        ids, tiers = rows.input_ids.chunk(2)[0], rows.tiers.chunk(2)[0]  # those at the top tier
+        self.training_flops += 2.0 * self.activated[-1] * int((tiers != NO_TIER).sum())
+        return teacher.logits(ids, tiers)
+
+    def loss(
+        self, logits: Tensor, rows: Rows, taught: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Cross-entropy, mixed with distillation on the lower rows; and the mean nll per tier.
+
+        `taught`: a frozen teacher's logits of the first half of the rows; None: the top tier's own.
+        """
         scored = rows.labels != IGNORED
         picked, targets = logits[scored], rows.labels[scored]
         nll = token_nll(picked, targets)
@@ -64,11 +85,16 @@ class TierModule(LightningModule):
         if not rows.paired:
             return nll.mean(), parts
         half = len(nll) // 2  # the same examples twice: top rows first, lower rows after
-        kl = distillation_kl(picked[half:], picked[:half], self.stage.distillation_temperature)
-        share = self.stage.distillation
-        lower = (1 - share) * nll[half:].mean() + share * kl.mean()
+        teacher = picked[:half] if taught is None else taught[scored.chunk(2)[0]]
+        temperature, share = self.stage.distillation_temperature, self.stage.distillation
+        kl = distillation_kl(picked[half:], teacher, temperature)
+        top, lower = nll[:half].mean(), (1 - share) * nll[half:].mean() + share * kl.mean()
         parts["distillation"] = float(kl.detach().mean())
-        return 0.5 * (nll[:half].mean() + lower), parts
+        if self.stage.distill_top:
+            top_kl = distillation_kl(picked[:half], teacher, temperature).mean()
+            top = (1 - share) * top + share * top_kl
+            parts["distillation_top"] = float(top_kl.detach())
+        return 0.5 * (top + lower), parts
 
     def _count(self, rows: Rows) -> None:
         real = rows.tiers[rows.tiers != NO_TIER]

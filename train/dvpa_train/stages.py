@@ -25,6 +25,7 @@ from dvpa_train.batches import collate
 from dvpa_train.callbacks import AtomicCheckpoint, MetricLog, ProgressLine
 from dvpa_train.config import Recipe, StageConfig
 from dvpa_train.examples import BatchDataset, Source
+from dvpa_train.finetune import FineTuning
 from dvpa_train.growth import grow
 from dvpa_train.module import TierModule
 
@@ -49,6 +50,11 @@ class Run:
     source: Source
     tokenizer: PreTrainedTokenizerBase
     console: Console
+    tuning: FineTuning | None = None  # of a run that starts from a checkpoint
+
+    def __post_init__(self) -> None:
+        if self.recipe.initial_checkpoint is not None:
+            self.tuning = FineTuning(self.recipe, self.console)
 
     def folder(self, index: int) -> Path:
         """State folder of a stage."""
@@ -70,13 +76,16 @@ class Run:
             reports.append(report)
         if model is None:
             model = self._load(len(self.recipe.stages) - 1)
+        if self.tuning is not None:
+            model = self.tuning.finish(model, self.out)
         return model, reports
 
     def _starting_model(self, index: int, previous: DvpaForCausalLM | None) -> DvpaForCausalLM:
         """The model a stage begins with: fresh, or the last one, grown to the stage's tiers."""
-        stage, full = self.recipe.stages[index], self.recipe.model_config()
-        full.vocab_size = len(self.tokenizer)
-        config = full.truncate(stage.num_tiers)
+        if self.tuning is not None and index == 0:
+            return self.tuning.begin()
+        stage = self.recipe.stages[index]
+        config = self.recipe.sized_config(len(self.tokenizer)).truncate(stage.num_tiers)
         if index == 0:
             torch.manual_seed(self.recipe.seed)
             return DvpaForCausalLM(config)
@@ -87,6 +96,8 @@ class Run:
         return grow(previous, config, seed=self.recipe.seed + index)
 
     def _load(self, index: int) -> DvpaForCausalLM:
+        if self.tuning is not None:
+            return self.tuning.restore(self.folder(index))
         return DvpaForCausalLM.from_pretrained(self.folder(index) / "model")
 
     def _run_stage(
@@ -94,7 +105,10 @@ class Run:
     ) -> tuple[DvpaForCausalLM, StageReport]:
         recipe, folder = self.recipe, self.folder(index)
         before = recipe.stages[:index]
-        module = TierModule(model.train(), stage, recipe.optimizer, recipe.seed)
+        teacher = None
+        if self.tuning is not None:
+            stage, teacher = self.tuning.stage(stage), self.tuning.teacher(stage, model)
+        module = TierModule(model.train(), stage, recipe.optimizer, recipe.seed, teacher=teacher)
         trainer = Trainer(
             max_steps=stage.steps,
             accelerator="cpu" if not torch.cuda.is_available() else "auto",
@@ -134,7 +148,7 @@ class Run:
         report = StageReport(
             stage.name, stage.steps, module.tokens_seen, module.training_flops, module.seconds
         )
-        finish_stage(folder, module.model, report)
+        finish_stage(folder, module.model, report, self.tuning)
         return module.model, report
 
     def _loggers(self) -> list[Any]:
@@ -153,11 +167,16 @@ class Run:
         return loggers
 
 
-def finish_stage(folder: Path, model: DvpaForCausalLM, report: StageReport) -> None:
+def finish_stage(
+    folder: Path, model: DvpaForCausalLM, report: StageReport, tuning: FineTuning | None = None
+) -> None:
     """Save the stage's model, then the marker that makes it count, then drop the resume file."""
     shutil.rmtree(folder / "model", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder / "model")
+    if tuning is None:
+        model.save_pretrained(folder / "model")
+    else:
+        tuning.save(model, folder)
     temporary = folder / "done.tmp"
     temporary.write_text(json.dumps(report.__dict__))
     os.replace(temporary, folder / "done.json")
