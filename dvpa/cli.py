@@ -207,6 +207,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_prompt(command: argparse.ArgumentParser) -> None:
     command.add_argument("checkpoint", metavar="CKPT", type=Path, help="a dvpa checkpoint")
     command.add_argument("text", help="the prompt")
+    command.add_argument(
+        "--chat", action="store_true", help="as a user's turn, by the tokenizer's chat template"
+    )
 
 
 def _add_json(command: argparse.ArgumentParser) -> None:

@@ -71,7 +71,7 @@ def score(arguments: argparse.Namespace) -> None:
     model, tokenizer = _load(arguments.checkpoint, arguments.text)
     from dvpa.model.answer import decide, encode_prompt
 
-    input_ids = encode_prompt(model, tokenizer, arguments.text)
+    input_ids = encode_prompt(model, tokenizer, arguments.text, arguments.chat)
     decision, score_ms = decide(model, input_ids)
     report = {
         "difficulty": decision.difficulty,
@@ -95,7 +95,8 @@ def generate(arguments: argparse.Namespace) -> None:
     tier = arguments.tier
     if tier != "auto":
         tier = model.config.tier_index(tier)
-    for piece in stream(model, tokenizer, arguments.text, tier, arguments.max_new_tokens):
+    asked = (arguments.text, tier, arguments.max_new_tokens, arguments.chat)
+    for piece in stream(model, tokenizer, *asked):
         if isinstance(piece, str):
             sys.stdout.write(piece)
             sys.stdout.flush()

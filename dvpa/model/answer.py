@@ -25,6 +25,7 @@ from dvpa.model.cache_name import CACHE_NAME
 from dvpa.model.causal_lm import DvpaForCausalLM
 from dvpa.pricing import price
 from dvpa.tasks import encoding
+from dvpa.tasks.chat import encode_chat
 from dvpa.tiers.policy import Decision
 from dvpa.tiers.record import TelemetryRecord
 
@@ -123,16 +124,22 @@ def read_prompt(model: DvpaForCausalLM, input_ids: torch.Tensor) -> tuple[float,
 
 
 def encode_prompt(
-    model: DvpaForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str
+    model: DvpaForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool = False
 ) -> torch.Tensor:
     """Token ids [1, S] of a prompt, begin-of-sequence first.
 
+    `chat`: as a user's turn, written by the tokenizer's chat template.
+
     Raises:
-        ValueError: the prompt is empty or longer than the model's context.
+        ValueError: the prompt is empty or longer than the model's context, or `chat` is asked for
+            and there is no chat template.
     """
     if not prompt.strip():
         raise ValueError("prompt: must not be empty")
-    ids = encoding.encode_prompt(tokenizer, prompt)
+    if chat:
+        ids = encode_chat(tokenizer, [("user", prompt)], generation_prompt=True)
+    else:
+        ids = encoding.encode_prompt(tokenizer, prompt)
     limit = model.config.max_position_embeddings
     if len(ids) >= limit:
         raise ValueError(f"prompt: {len(ids)} tokens must be fewer than the context of {limit}")
@@ -145,11 +152,13 @@ def stream(
     prompt: str,
     tier: int | str = "auto",
     max_new_tokens: int = 64,
+    chat: bool = False,
     **sampling: Any,
 ) -> Iterator[str | Answer]:
     """Yield the answer's text piece by piece as it is decoded, then the whole `Answer`.
 
-    `sampling` goes to `generate` (greedy by default). Decoding stops at the end of the context.
+    `chat`: the prompt is a user's turn, see `encode_prompt`. `sampling` goes to `generate` (greedy
+    by default). Decoding stops at the end of the context.
 
     Raises:
         ValueError: empty or too long prompt, unknown tier, `max_new_tokens` below 1.
@@ -157,7 +166,7 @@ def stream(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: {max_new_tokens} must be 1 or more")
     begin = time.perf_counter()
-    input_ids = encode_prompt(model, tokenizer, prompt)
+    input_ids = encode_prompt(model, tokenizer, prompt, chat)
     room = model.config.max_position_embeddings - input_ids.shape[1]
     difficulty, cache, score_ms = None, None, 0.0
     if tier == "auto" and model.difficulty_head is not None:
@@ -221,12 +230,13 @@ def answer(
     prompts: Sequence[str],
     tier: int | str = "auto",
     max_new_tokens: int = 64,
+    chat: bool = False,
     **sampling: Any,
 ) -> list[Answer]:
     """One `Answer` per prompt, each at its own tier; arguments and errors as in `stream`."""
     answers = []
     for prompt in prompts:
-        *_, last = stream(model, tokenizer, prompt, tier, max_new_tokens, **sampling)
+        *_, last = stream(model, tokenizer, prompt, tier, max_new_tokens, chat, **sampling)
         assert isinstance(last, Answer)
         answers.append(last)
     return answers

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from dvpa.server.errors import ApiError, bad_field
 from dvpa.server.schemas import Message
 from dvpa.tasks import encoding
+from dvpa.tasks.chat import encode_chat
 
 AT_ONCE = 4096  # characters that are tokenised in the event loop; more go to a thread
 _REPLACEMENT = "\ufffd"
@@ -70,16 +71,10 @@ class Prompts:
         if not self.has_chat_template:
             text = "\n".join(message.text for message in messages)
             return await self.encode(text, "messages")
-        turns = [{"role": m.role, "content": m.text} for m in messages]
+        turns = [(m.role, m.text) for m in messages]
 
         def encode(tokenizer: Any, text: str) -> list[int]:
-            try:
-                written = tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=True
-                )
-            except Exception as error:  # a template may refuse an order of roles, in its own words
-                raise ValueError(f"messages: refused by the chat template: {error}") from error
-            return list(tokenizer.encode(written, add_special_tokens=False))
+            return encode_chat(tokenizer, turns, generation_prompt=True)
 
         return await self._run("".join(m.text for m in messages), "messages", encode)
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .chat import ChatTask, split_answer
 from .task_set import Task
 
 IntArray = npt.NDArray[np.int64]
@@ -41,8 +42,10 @@ def encode_task(tokenizer: Any, question: str, answer: str) -> tuple[list[int], 
 
 def encode_tasks(tokenizer: Any, tasks: Sequence[Task]) -> list[tuple[list[int], list[int]]]:
     """`encode_task` of many tasks in one call of the Rust backend, several times faster; the
-    tokenizer must be a fast one.
+    tokenizer must be a fast one. Conversations are written by the tokenizer's chat template.
     """
+    if any(isinstance(task, ChatTask) for task in tasks):
+        return [_encode_either(tokenizer, task) for task in tasks]
     bos, eos = _special_id(tokenizer, "bos_token_id"), _special_id(tokenizer, "eos_token_id")
     encode_batch = tokenizer.backend_tokenizer.encode_batch_fast
     questions = encode_batch([task.question for task in tasks], add_special_tokens=False)
@@ -52,6 +55,12 @@ def encode_tasks(tokenizer: Any, tasks: Sequence[Task]) -> list[tuple[list[int],
             raise ValueError(f"question must hold at least one token, got {task.question!r}")
     pairs = zip(questions, answers, strict=True)
     return [([bos, *question.ids], [*answer.ids, eos]) for question, answer in pairs]
+
+
+def _encode_either(tokenizer: Any, task: Task) -> tuple[list[int], list[int]]:
+    if isinstance(task, ChatTask):
+        return split_answer(tokenizer, task)
+    return encode_task(tokenizer, task.question, task.answer)
 
 
 def left_pad(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[IntArray, IntArray]:

@@ -20,7 +20,8 @@ from dvpa.tasks.encoding import right_pad
 from dvpa_train.config import StageConfig
 from dvpa_train.packed import IGNORED, PackedRow
 
-Example = tuple[list[int], list[int]] | PackedRow  # ids of prompt and completion, or a window
+# Ids of prompt and completion, with a conversation's learned tokens marked; or a packed window.
+Example = tuple[list[int], list[int]] | tuple[list[int], list[int], list[bool]] | PackedRow
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,22 @@ class Rows:
 
 
 def collate(examples: Sequence[Example], pad_id: int, prompt_loss: bool) -> dict[str, Tensor]:
-    """Right-padded inputs and next-token labels of B examples; packed rows bring their own."""
+    """Right-padded inputs and next-token labels of B examples; packed rows bring their own.
+
+    A conversation's user turns are prompt wherever they stand.
+    """
     packed = [example for example in examples if isinstance(example, PackedRow)]
     if packed:
         return _collate_packed(packed, pad_id)
-    ids, mask = right_pad([[*prompt, *completion] for prompt, completion in examples], pad_id)
+    ids, mask = right_pad([[*example[0], *example[1]] for example in examples], pad_id)
     labels = np.full_like(ids, IGNORED)
     labels[:, :-1] = np.where(mask[:, 1:] == 1, ids[:, 1:], IGNORED)
     if not prompt_loss:
-        for row, (prompt, _) in enumerate(examples):
+        for row, (prompt, completion, *learned) in enumerate(examples):
             labels[row, : len(prompt) - 1] = IGNORED
+            if learned:
+                answers = labels[row, len(prompt) - 1 :][: len(completion)]
+                answers[~np.array(*learned)] = IGNORED
     return {
         "input_ids": torch.from_numpy(ids),
         "attention_mask": torch.from_numpy(mask),

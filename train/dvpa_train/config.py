@@ -14,6 +14,8 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from dvpa.config import DvpaConfig, find_config, load_model_config, load_yaml
+from dvpa_train.initial import initial_config
+from dvpa_train.parts import check_finetuning
 
 StageKind = Literal["foundation", "expansion", "joint"]
 
@@ -37,8 +39,9 @@ class FileData:
     """One local file. Held out: question/answer rows by seed, text by position (its last part)."""
 
     path: str
-    format: Literal["gsm8k", "svamp", "jsonl", "text"]
+    format: Literal["gsm8k", "svamp", "jsonl", "text", "chat"]
     evaluation_only: bool = False
+    chat: bool = False  # write question and answer as two turns, by the chat template
 
 
 @dataclass
@@ -77,6 +80,7 @@ class DataConfig:
     validation_fraction: float = 0.15  # of files
     max_length: int = 64  # tokens per sequence; longer ones are cut, and counted
     prompt_loss: bool = False  # also learn to predict the prompt
+    chat_template: str | None = None  # Jinja file; null: the tokenizer's own
 
 
 @dataclass
@@ -107,6 +111,8 @@ class StageConfig:
     )  # start, end (cosine)
     distillation: float = 0.0  # weight of KL(top || lower); > 0: every example also runs at the top
     distillation_temperature: float = 1.0
+    teacher: Literal["in_place", "frozen"] = "in_place"  # frozen: the initial checkpoint's
+    distill_top: bool = False  # the top tier learns from the frozen one too
     switch_fraction: float = 0.0  # of the lower rows: change tier inside the sequence
     bias_update_rate: float = 3e-3
     bias_frozen_fraction: float = 0.04  # of the stage, at its end
@@ -130,6 +136,18 @@ class DifficultyStage:
     learning_rate: float = 1e-3
     weight_decay: float = 0.3
     batch_size: int = 256
+    probe_layer: int | None = None  # of the head that a starting checkpoint without one gets
+    hidden_size: int | None = None  # of that head's MLP
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685) instead of the weights themselves; merged at the end."""
+
+    rank: int = 8
+    alpha: float = 16.0  # the adapter's product is scaled by alpha / rank
+    targets: list[str] = field(default_factory=lambda: ["attention", "experts"])  # parts.PARTS
+    groups: list[int] = field(default_factory=list)  # of the experts; empty: every group
 
 
 @dataclass
@@ -174,9 +192,12 @@ class Recipe:
     """A whole progressive run."""
 
     name: str
-    model: str
     data: DataConfig
     stages: list[StageConfig]
+    model: str | None = None  # a model YAML, or
+    initial_checkpoint: str | None = None  # a dvpa checkpoint folder to start from
+    lora: LoraConfig | None = None  # with initial_checkpoint; null: the weights themselves
+    freeze: list[str] = field(default_factory=list)  # parts.PARTS that stay as they are
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mtp: MtpConfig | None = None  # null: the default, if the model has such a module
     difficulty: DifficultyStage = field(default_factory=DifficultyStage)
@@ -192,7 +213,11 @@ class Recipe:
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # WANDB_MODE wins
 
     def model_config(self) -> DvpaConfig:
-        """The full model's configuration."""
+        """The full model's configuration: of the model YAML, or of the starting checkpoint."""
+        if self.initial_checkpoint is not None:
+            head = self.difficulty
+            return initial_config(self.initial_checkpoint, head.probe_layer, head.hidden_size)
+        assert self.model is not None  # checked on reading
         return load_model_config(self.model)
 
     def mtp_weights(self) -> list[float]:
@@ -200,6 +225,13 @@ class Recipe:
         if not self.model_config().num_nextn_predict_layers:
             return [0.0, 0.0]
         return (self.mtp or MtpConfig()).weight
+
+    def sized_config(self, num_tokens: int) -> DvpaConfig:
+        """The same for a tokenizer of so many tokens; a starting checkpoint keeps its own size."""
+        config = self.model_config()
+        if self.initial_checkpoint is None:
+            config.vocab_size = num_tokens
+        return config
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -257,7 +289,10 @@ def _key(node: Any, part: str, override: str) -> str | int:
 
 
 def _check(recipe: Recipe, path: Path) -> None:
+    if (recipe.model is None) == (recipe.initial_checkpoint is None):
+        raise ValueError(f"{path}: give either model or initial_checkpoint")
     config = recipe.model_config()
+    check_finetuning(recipe, config, path)
     if (recipe.data.graded is None) != bool(recipe.data.files):
         raise ValueError(f"{path}: data: give either graded or files")
     _check_strategy(recipe, path, config)
@@ -312,6 +347,14 @@ def _check_strategy(recipe: Recipe, path: Path, config: DvpaConfig) -> None:
             f"{where}.expert_parallel: {strategy.expert_parallel} must divide the "
             f"{config.group_size} experts of a group"
         )
+    alone = [name for name in ("lora",) if getattr(recipe, name) is not None]
+    alone += [f"stages.{s.name}.teacher: frozen" for s in recipe.stages if s.teacher == "frozen"]
+    if alone and strategy.kind != "single":
+        raise ValueError(f"{where}.kind: {alone[0]} needs single, not {strategy.kind}")
+    if strategy.kind == "ddp" and config.num_nextn_predict_layers:
+        weights = (recipe.mtp or MtpConfig()).weight
+        if 0 in weights:  # DDP waits for the gradients of what has not run
+            raise ValueError(f"{path}: mtp.weight: {weights} must not be 0 with strategy.kind ddp")
     if strategy.precision == "bf16" and strategy.kind not in ("fsdp2", "deepspeed"):
         raise ValueError(f"{where}.precision: bf16 needs kind fsdp2 or deepspeed")
     if strategy.offload_optimizer and strategy.kind != "deepspeed":

@@ -1,6 +1,7 @@
 """Where training and evaluation examples come from: embedded graded tasks, or local files.
 
-An example is a (prompt ids, completion ids) pair. Both sources answer the same questions: what
+An example is a (prompt ids, completion ids) pair; a conversation's also says, per id of its
+completion, whether the assistant wrote it. Both sources answer the same questions: what
 trains the tokenizer, which examples train the model, and which evaluate it, in disjoint parts:
 `head` (difficulty head), `fit` and `calibrate` (tier map), `test` (report).
 """
@@ -17,11 +18,20 @@ import numpy as np
 
 from dvpa.evaluate.outcomes import collect_outcomes
 from dvpa.evaluate.table import OutcomeTable
-from dvpa.tasks import GradedTasks, Task, TaskSet, TextCorpus, load_gsm8k, load_svamp
+from dvpa.tasks import (
+    ChatTask,
+    GradedTasks,
+    Task,
+    TaskSet,
+    TextCorpus,
+    load_gsm8k,
+    load_svamp,
+    read_chats,
+)
+from dvpa.tasks.chat import ChatIds, as_chat, encode_conversation, split_answer
 from dvpa.tasks.encoding import encode_tasks
 from dvpa_train.batches import WHOLE_STEP, Example, Part
 from dvpa_train.config import DataConfig, FileData, GradedData, Recipe, StageConfig
-from dvpa_train.packed import PackedRow
 from dvpa_train.packed_source import PackedSource
 
 PARTS = ("head", "fit", "calibrate", "test")
@@ -36,6 +46,9 @@ class Source(Protocol):
 
     def prepare(self, tokenizer: Any) -> None:
         """Tokenise whatever is finite, once."""
+
+    def describe(self) -> str:
+        """How many examples there are and what became of the others; "" for an endless source."""
 
     def train_batch(
         self, start: int, stop: int, level_weights: Sequence[float] = ()
@@ -86,6 +99,10 @@ class GradedSource:
         """Keep the tokenizer: examples are drawn and encoded on the fly."""
         self.tokenizer = tokenizer
 
+    def describe(self) -> str:
+        """Drawn without end."""
+        return ""
+
     def train_batch(
         self, start: int, stop: int, level_weights: Sequence[float] = ()
     ) -> list[Example]:
@@ -119,6 +136,7 @@ class FileSource:
             self._add(file)
         self.examples: list[Example] = []
         self.num_cut = 0  # training examples longer than max_length
+        self.num_dropped = 0  # of those, conversations with no assistant's token inside it
 
     def _add(self, file: FileData) -> None:
         path = resolve_data(file.path)
@@ -136,6 +154,8 @@ class FileSource:
         never_trains = file.evaluation_only or self.data.packed is not None
         fraction = 1.0 if never_trains else self.data.validation_fraction
         if file.format == "text":
+            if file.chat:
+                raise ValueError(f"data.files: {file.path}: text has no turns: chat must be false")
             if self.data.packed is not None and not file.evaluation_only:
                 return [], _passages(TextCorpus.from_files(path), file.path)
             if fraction == 1.0:
@@ -144,9 +164,12 @@ class FileSource:
             train, held = (_passages(part, file.path) for part in parts)
             return train, held
         read: dict[str, Callable[[Path], TaskSet]] = {
-            "gsm8k": load_gsm8k, "svamp": load_svamp, "jsonl": TaskSet.from_jsonl
+            "gsm8k": load_gsm8k, "svamp": load_svamp, "jsonl": TaskSet.from_jsonl,
+            "chat": read_chats,
         }  # fmt: skip
         tasks = [replace(task, kind=path.stem) for task in read[file.format](path)]
+        if file.chat and file.format != "chat":
+            tasks = [as_chat(task, f"{path} ({task.question[:40]!r})") for task in tasks]
         random.Random(f"{self.seed}/{path.name}/split").shuffle(tasks)
         cut = round(len(tasks) * fraction)
         return tasks[cut:], tasks[:cut]
@@ -158,12 +181,52 @@ class FileSource:
             yield from task.answer.splitlines()
 
     def prepare(self, tokenizer: Any) -> None:
-        """Encode and cut every training example."""
+        """Encode and cut every training example; conversations to evaluate are checked as well.
+
+        Raises:
+            ValueError: a conversation that the chat template cannot write; nothing is left to train
+                on.
+        """
         limit = self.data.max_length
-        for prompt, completion in encode_tasks(tokenizer, self.train):
+        held = [task for tasks in self.evaluation.values() for task in tasks]
+        for task in held:
+            if isinstance(task, ChatTask):
+                split_answer(tokenizer, task)
+        plain = [task for task in self.train if not isinstance(task, ChatTask)]
+        pairs = iter(encode_tasks(tokenizer, plain))
+        for task in self.train:
+            if isinstance(task, ChatTask):
+                self._add_chat(encode_conversation(tokenizer, task))
+                continue
+            prompt, completion = next(pairs)
             self.num_cut += len(prompt) + len(completion) > limit
             prompt = prompt[: limit - 1]
             self.examples.append((prompt, completion[: limit - len(prompt)]))
+        if self.num_dropped and not self.examples:
+            raise ValueError(
+                f"data.max_length: {limit} tokens hold no assistant's token of any conversation"
+            )
+
+    def _add_chat(self, chat: ChatIds) -> None:
+        """Cut at the end; what is left may hold nothing to learn."""
+        limit, begin, end = self.data.max_length, chat.spans[0][0], chat.spans[-1][1]
+        self.num_cut += end > limit
+        if begin >= limit:
+            self.num_dropped += 1
+            return
+        learned = [False] * end
+        for start, stop in chat.spans:
+            learned[start:stop] = [True] * (stop - start)
+        kept = slice(begin, min(end, limit))
+        self.examples.append((chat.ids[:begin], chat.ids[kept], learned[kept]))
+
+    def describe(self) -> str:
+        """Counts of what trains."""
+        dropped = f", {self.num_dropped} of them dropped: nothing to learn is left"
+        return (
+            f"{len(self.examples):,} training examples; {self.num_cut} longer than "
+            f"{self.data.max_length} tokens{dropped if self.num_dropped else ''}"
+        )
 
     def train_batch(
         self, start: int, stop: int, level_weights: Sequence[float] = ()

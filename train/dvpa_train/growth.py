@@ -78,5 +78,6 @@ def attach_head(model: DvpaForCausalLM, config: DvpaConfig, seed: int) -> DvpaFo
         torch.manual_seed(seed)
         fresh = DvpaForCausalLM(config)
     fresh.load_state_dict(model.state_dict(), strict=False)
+    fresh.generation_config = model.generation_config
     assert isinstance(fresh.difficulty_head, DifficultyHead)
     return fresh

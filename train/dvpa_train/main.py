@@ -24,11 +24,12 @@ from dvpa.evaluate.table import OutcomeTable
 from dvpa.model import DvpaForCausalLM
 from dvpa.pricing import price
 from dvpa.tasks import TaskSet, train_tokenizer
-from dvpa.tiers.calibrate import Budget, Split, fit_tier_map
+from dvpa.tiers.calibrate import MIN_REQUESTS, Budget, Split, fit_tier_map
 from dvpa_train.config import Recipe
 from dvpa_train.difficulty import train_head
 from dvpa_train.examples import PARTS, Source, make_source
 from dvpa_train.growth import attach_head
+from dvpa_train.initial import changed_files, fingerprint, load_tokenizer, set_template
 from dvpa_train.processes import processes
 from dvpa_train.stages import Run, StageReport, quiet_lightning
 from dvpa_train.strategies import num_threads
@@ -77,11 +78,19 @@ def run_recipe(recipe: Recipe, out: Path, console: Console) -> TrainedRun | None
             _claim(out, recipe)
             _make_tokenizer(recipe, source, out / "tokenizer")
         among.barrier()
-        tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
+        tokenizer = _load_tokenizer(recipe, out / "tokenizer")
         source.prepare(tokenizer)
+        if source.describe():
+            console.print(f"data          {source.describe()}", soft_wrap=True)
         sizes = dict.fromkeys(PARTS, recipe.calibration.items) | {"head": recipe.difficulty.items}
         tasks = source.held_out(sizes)  # before the training: too few should not cost minutes
-        facts = {"tokenizer": hash_tokenizer(out / "tokenizer"), "recipe": _hash_claim(out)}
+        for part in ("fit", "calibrate"):
+            if len(tasks[part]) < MIN_REQUESTS:
+                raise ValueError(
+                    f"data: {len(tasks[part])} held-out tasks for {part}; at least {MIN_REQUESTS} "
+                    "are needed (validation_fraction, calibration.items)"
+                )
+        facts = {"tokenizer": hash_tokenizer(tokenizer), "recipe": _hash_claim(out)}
         run = Run(recipe, out, source, tokenizer, console, among, facts)
         stages = run.train()
     if not among.is_first:
@@ -102,8 +111,16 @@ def _claim(out: Path, recipe: Recipe) -> None:
         del claim["recipe"]["strategy"][name]
     for name in ("threads", "log_every", "checkpoint_every", "keep_checkpoints", "wandb_mode"):
         del claim["recipe"][name]
+    if recipe.initial_checkpoint is not None:
+        claim["initial_checkpoint"] = fingerprint(recipe.initial_checkpoint)
     path, text = out / "recipe.json", json.dumps(claim, indent=1)
     if path.is_file() and path.read_text() != text:
+        changed = changed_files(json.loads(path.read_text()), claim)
+        if changed:
+            raise ValueError(
+                f"initial_checkpoint: {recipe.initial_checkpoint}: {', '.join(changed)} changed "
+                f"since the run in {out} began; choose another folder or delete it"
+            )
         raise ValueError(
             f"{out}: holds a run of another recipe; choose another folder or delete it"
         )
@@ -114,16 +131,25 @@ def _hash_claim(out: Path) -> str:
     return hashlib.sha256((out / "recipe.json").read_bytes()).hexdigest()
 
 
-def hash_tokenizer(folder: Path) -> str:
-    """SHA-256 over a tokenizer's files, names and contents."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        content = path.read_bytes()
-        digest.update(f"{path.name}\0{len(content)}\0".encode() + content)
-    return digest.hexdigest()
+def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over what a tokenizer does and its chat template."""
+    written = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
+    return hashlib.sha256(written.encode()).hexdigest()
+
+
+def _load_tokenizer(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
+    """The run's, or the starting checkpoint's; with the recipe's chat template."""
+    template = recipe.data.chat_template
+    if recipe.initial_checkpoint is not None:
+        size = recipe.model_config().vocab_size
+        return load_tokenizer(recipe.initial_checkpoint, size, template)
+    return set_template(AutoTokenizer.from_pretrained(folder), template)
 
 
 def _make_tokenizer(recipe: Recipe, source: Source, folder: Path) -> None:
+    """Train one on the source's text, once, or copy the one that the recipe names."""
+    if recipe.initial_checkpoint is not None:
+        return
     if not (folder / "tokenizer_config.json").is_file():
         scratch = folder.with_name("tokenizer.tmp")
         if recipe.tokenizer:
@@ -146,8 +172,7 @@ def _score_and_calibrate(
     console: Console,
 ) -> tuple[DvpaForCausalLM, dict[str, OutcomeTable]]:
     """Difficulty head, then the tier map; each on held-out tasks of its own."""
-    config = recipe.model_config()
-    config.vocab_size = len(tokenizer)
+    config = recipe.sized_config(len(tokenizer))
     model = attach_head(model, config, recipe.seed).eval()
     (out / "outcomes").mkdir(exist_ok=True)
     # Routed requests have their prompt read by the base tier, which scores it on the way.
@@ -166,6 +191,9 @@ def _score_and_calibrate(
             prompt_tier=0,
             uncertainty=recipe.data.graded is not None,
         )
+        left_out = len(tasks[part]) - len(outcomes[part])
+        if left_out:
+            console.print(f"{part:<13} {left_out} held-out rows exceed the context: left out")
     outcomes[WHOLE] = source.collect(model, tokenizer, tasks["test"])
     for part, table in outcomes.items():
         table.save_jsonl(out / "outcomes" / f"{part}.jsonl")

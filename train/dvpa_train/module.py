@@ -2,7 +2,7 @@
 
 One forward pass carries all tiers of the step. Rows at the top tier are the teacher of the same
 examples at a lower tier in the same pass (in-place distillation), so no second model and no second
-pass is needed.
+pass is needed; fine-tuning may put a frozen teacher in their place.
 """
 
 import math
@@ -30,6 +30,7 @@ from dvpa_train.losses import (
 )
 from dvpa_train.processes import Processes
 from dvpa_train.sharding import clip_gradients, shard
+from dvpa_train.teacher import Teacher
 from dvpa_train.zero import keep_whole
 
 WITHOUT_MTP = MtpSchedule()
@@ -57,8 +58,10 @@ class TierModule(LightningModule):
         among: Processes | None = None,
         guard: GuardConfig | None = None,
         mtp: MtpSchedule = WITHOUT_MTP,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
+        self.teacher = [teacher]  # in a list: no part of the module, nor of its checkpoints
         self.model, self.stage, self.optimizer_config, self.seed = model, stage, optimizer, seed
         self.strategy, self.among = strategy or StrategyConfig(), among or Processes()
         self.guard = Guard(guard or GuardConfig())
@@ -113,7 +116,7 @@ class TierModule(LightningModule):
             use_cache=False,
             with_mtp=mtp > 0,
         )
-        loss, sums = self.loss(out.logits, rows, self._scored)
+        loss, sums = self.loss(out.logits, rows, self._teach(rows), self._scored)
         if mtp > 0:
             further = self.mtp_loss(out.mtp_logits, rows, sums, self._scored_next)
             sums.add_mtp_run(out.mtp_routing.tiers)
@@ -122,12 +125,26 @@ class TierModule(LightningModule):
         self._sums = sums if self._sums is None else self._sums + sums
         return loss * self._loss_factor
 
+    def _teach(self, rows: Rows) -> Tensor | None:
+        """A frozen teacher's logits of the step's examples, [N / 2, S, vocab]."""
+        (teacher,) = self.teacher
+        if teacher is None or not rows.paired:
+            return None
+        ids, tiers = rows.input_ids.chunk(2)[0], rows.tiers.chunk(2)[0]  # those at the top tier
+        self.training_flops += 2.0 * self.activated[-1] * int((tiers != NO_TIER).sum())
+        return teacher.logits(ids, tiers)
+
     def loss(
-        self, logits: Tensor, rows: Rows, scored: float | None = None
+        self,
+        logits: Tensor,
+        rows: Rows,
+        taught: Tensor | None = None,
+        scored: float | None = None,
     ) -> tuple[Tensor, StepSums]:
         """Cross-entropy, mixed with distillation on the lower rows.
 
         Args:
+            taught: a frozen teacher's logits of the rows' first half; None: the top tier's own.
             scored: what the sums are divided by: labels of the step's examples (default: of these).
         """
         is_scored = rows.labels != IGNORED
@@ -139,11 +156,15 @@ class TierModule(LightningModule):
         if rows.paired:
             half = len(nll) // 2  # the same examples twice: top rows first, lower rows after
             count = half if scored is None else scored
-            kl = distillation_kl(picked[half:], picked[:half], self.stage.distillation_temperature)
-            share = self.stage.distillation
-            lower = (1 - share) * nll[half:].sum() + share * kl.sum()
-            loss = 0.5 * (nll[:half].sum() + lower) / count
+            teacher = picked[:half] if taught is None else taught[is_scored.chunk(2)[0]]
+            temperature, share = self.stage.distillation_temperature, self.stage.distillation
+            kl = distillation_kl(picked[half:], teacher, temperature)
+            top, lower = nll[:half].sum(), (1 - share) * nll[half:].sum() + share * kl.sum()
             sums.add_distillation(kl.detach())
+            if self.stage.distill_top:
+                top_kl = distillation_kl(picked[:half], teacher, temperature).sum()
+                top = (1 - share) * top + share * top_kl
+            loss = 0.5 * (top + lower) / count
         else:
             loss = nll.sum() / (len(nll) if scored is None else scored)
         sums.add(loss.detach(), nll.detach(), tiers, real)

@@ -29,6 +29,7 @@ from dvpa_train.checkpoints import Checkpoints, find_latest
 from dvpa_train.config import Recipe, StageConfig
 from dvpa_train.consolidate import write_model
 from dvpa_train.examples import BatchDataset, Source, check_batch
+from dvpa_train.finetune import FineTuning
 from dvpa_train.growth import grow
 from dvpa_train.guard import RefusedStep
 from dvpa_train.interrupts import Interrupts
@@ -64,6 +65,11 @@ class Run:
     console: Console
     among: Processes
     facts: dict[str, Any]
+    tuning: FineTuning | None = None  # of a run that starts from a checkpoint
+
+    def __post_init__(self) -> None:
+        if self.recipe.initial_checkpoint is not None:
+            self.tuning = FineTuning(self.recipe, self.console)
 
     def folder(self, index: int) -> Path:
         """State folder of a stage."""
@@ -97,7 +103,8 @@ class Run:
 
     def load(self) -> DvpaForCausalLM:
         """The fully grown model."""
-        return self._load(len(self.recipe.stages) - 1)
+        model = self._load(len(self.recipe.stages) - 1)
+        return model if self.tuning is None else self.tuning.finish(model, self.out)
 
     def _run_guarded(
         self,
@@ -132,9 +139,10 @@ class Run:
 
     def _starting_model(self, index: int, previous: DvpaForCausalLM | None) -> DvpaForCausalLM:
         """The model a stage begins with: fresh, or the last one, grown to the stage's tiers."""
-        stage, full = self.recipe.stages[index], self.recipe.model_config()
-        full.vocab_size = len(self.tokenizer)
-        config = full.truncate(stage.num_tiers)
+        if self.tuning is not None and index == 0:
+            return self.tuning.begin()
+        stage = self.recipe.stages[index]
+        config = self.recipe.sized_config(len(self.tokenizer)).truncate(stage.num_tiers)
         if index == 0:
             torch.manual_seed(self.recipe.seed)
             return DvpaForCausalLM(config)
@@ -145,6 +153,8 @@ class Run:
         return grow(previous, config, seed=self.recipe.seed + index)
 
     def _load(self, index: int) -> DvpaForCausalLM:
+        if self.tuning is not None:
+            return self.tuning.restore(self.folder(index))
         return DvpaForCausalLM.from_pretrained(self.folder(index) / "model")
 
     def _run_stage(
@@ -161,6 +171,9 @@ class Run:
         found, passed_over = find_latest(folder, self.facts, among)
         for problem in passed_over:
             self.console.print(f"{stage.name}: not resumed from {problem}")
+        teacher = None
+        if self.tuning is not None:
+            stage, teacher = self.tuning.stage(stage), self.tuning.teacher(stage, model)
         first_step = sum(s.steps for s in recipe.stages[:index])
         module = TierModule(
             model.train(),
@@ -171,6 +184,7 @@ class Run:
             among,
             recipe.guard,
             MtpSchedule(*recipe.mtp_weights(), first_step, sum(s.steps for s in recipe.stages)),
+            teacher,
         )
         checkpoints = Checkpoints(
             folder, recipe.checkpoint_every, recipe.keep_checkpoints, self.facts, among
@@ -218,7 +232,7 @@ class Run:
             module.seconds,
             tuple(skipped),
         )
-        finish_stage(folder, module.model, report, among)
+        finish_stage(folder, module.model, report, among, self.tuning)
         is_whole = strategy.kind in ("single", "ddp")
         return module.model if is_whole else None, report
 
@@ -241,13 +255,20 @@ class Run:
 
 
 def finish_stage(
-    folder: Path, model: DvpaForCausalLM, report: StageReport, among: Processes
+    folder: Path,
+    model: DvpaForCausalLM,
+    report: StageReport,
+    among: Processes,
+    tuning: FineTuning | None = None,
 ) -> None:
     """Save the stage's model, then the marker that makes it count, then drop the checkpoints."""
     if among.is_first:
         shutil.rmtree(folder / "model", ignore_errors=True)
         (folder / "model").mkdir(parents=True)
-    write_model(model, folder / "model", among)
+    if tuning is not None and tuning.adapted is not None:
+        tuning.save(model, folder)
+    else:
+        write_model(model, folder / "model", among)
     if among.is_first:
         temporary = folder / "done.tmp"
         temporary.write_text(json.dumps(report.__dict__))

@@ -1,0 +1,55 @@
+"""A teacher that does not move: the starting checkpoint's top tier, whatever the student becomes.
+
+Fine-tuning on little data can pull the top tier away from what it knew; a lower tier that learns
+from it in place follows. The frozen teacher keeps the old top tier's answers as the target.
+"""
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from dvpa.model import DvpaForCausalLM
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class Teacher(Protocol):
+    """Whose logits the lower rows of a step learn from."""
+
+    def logits(self, input_ids: Tensor, tiers: Tensor) -> Tensor:
+        """Logits [N, S, vocab] of rows [N, S] at `tiers` [N, S], without gradient."""
+
+
+class FrozenTeacher:
+    """A second model beside the student: as much memory for weights again, no optimizer state."""
+
+    def __init__(self, model: DvpaForCausalLM) -> None:
+        self.model = model.eval().requires_grad_(False)
+
+    def logits(self, input_ids: Tensor, tiers: Tensor) -> Tensor:
+        """See `Teacher`; the model moves to where the rows are."""
+        if self.model.device != input_ids.device:
+            self.model.to(input_ids.device)
+        with torch.no_grad():
+            out: Tensor = self.model(input_ids, tiers=tiers, use_cache=False).logits
+        return out
+
+
+class AdapterTeacher:
+    """The student itself with its adapters off: no memory of its own."""
+
+    def __init__(self, adapted: "PeftModel", student: DvpaForCausalLM) -> None:
+        self.adapted, self.student = adapted, student
+
+    def logits(self, input_ids: Tensor, tiers: Tensor) -> Tensor:
+        """See `Teacher`; the student's mode is left as it was."""
+        was_training = self.student.training
+        self.student.eval()
+        try:
+            with torch.no_grad(), self.adapted.disable_adapter():
+                out: Tensor = self.student(input_ids, tiers=tiers, use_cache=False).logits
+        finally:
+            self.student.train(was_training)
+        return out
