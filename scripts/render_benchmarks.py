@@ -9,6 +9,7 @@ from typing import Any
 
 import engine_page
 import escalation_page
+import plan_page
 import server_page
 from kernel_page import FIGURE, fit_lines, introduction, kernel_parts, linear_png
 
@@ -232,6 +233,13 @@ def render_overload(result: dict[str, Any]) -> str:
     return "\n\n".join(["## The server under overload", server_page.overload_text(result), where])
 
 
+def render_plan(result: dict[str, Any]) -> str:
+    """Predicted and measured training steps."""
+    text, head, rows = plan_page.plan_part(result)
+    parts = ["## Planned and measured training steps", text, table(head, rows)]
+    return "\n\n".join([*parts, machine(result["environment"])])
+
+
 RENDERERS = {
     "demo": render_demo,
     "words": render_words,
@@ -242,6 +250,7 @@ RENDERERS = {
     "server_overload": render_overload,
     "escalation": render_escalation,
     "speculation": render_speculation,
+    "plan": render_plan,
     "kernels_cpu": render_kernels,
     "kernels_gpu": render_kernels,
 }
