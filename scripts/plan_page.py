@@ -14,8 +14,8 @@ def plan_part(result: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]
         f"{result['experts_share_of_peak']:.0%} of it in the experts' products, "
         f"{machine['memory_bandwidth'] / 1e9:.1f} GB/s into fresh memory, "
         f"{1e3 * machine['layer_seconds']:.2f} ms a layer and pass before anything is computed. "
-        "Kept: what autograd holds of the layers. Each cell is predicted / measured = ratio. Memory "
-        "is too high where gradients and activations are never alive together (one micro-batch a "
+        "Kept: what autograd holds of the layers. Cells: predicted / measured = ratio. Memory "
+        "is too high where gradients and activations never live together (one micro-batch a "
         "step), time where the optimizer updates in place what was taken to be fresh. This says "
         "nothing about all-to-all, gathered weights or GPUs: none has been measured."
     )

@@ -1,25 +1,13 @@
-"""Training on paper: memory, traffic and time of a run, before there are machines for it.
+"""Training on paper: memory, traffic and time of a run, before there are machines; no torch."""
 
-Analytic, no torch. `plan_training` takes plain numbers (`TrainStage`); the command line reads them
-from a recipe.
-"""
-
-from dvpa.plan.layouts import Wishes
-from dvpa.plan.machine import MACHINES, Machine, find_machine
-from dvpa.plan.predict import StagePrediction
-from dvpa.plan.search import TrainingPlan, plan_training
-from dvpa.plan.workload import Assumptions, Layout, TrainStage, read_assumptions
-
-__all__ = [
-    "MACHINES",
-    "Assumptions",
-    "Layout",
-    "Machine",
-    "StagePrediction",
-    "TrainStage",
-    "TrainingPlan",
-    "Wishes",
-    "find_machine",
-    "plan_training",
-    "read_assumptions",
-]
+from dvpa.plan.layouts import Wishes as Wishes
+from dvpa.plan.machine import MACHINES as MACHINES
+from dvpa.plan.machine import Machine as Machine
+from dvpa.plan.machine import find_machine as find_machine
+from dvpa.plan.predict import StagePrediction as StagePrediction
+from dvpa.plan.search import TrainingPlan as TrainingPlan
+from dvpa.plan.search import plan_training as plan_training
+from dvpa.plan.workload import Assumptions as Assumptions
+from dvpa.plan.workload import Layout as Layout
+from dvpa.plan.workload import TrainStage as TrainStage
+from dvpa.plan.workload import read_assumptions as read_assumptions

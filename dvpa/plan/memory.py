@@ -88,7 +88,7 @@ def _working(
     exchange = 0.0
     if layout.expert_parallel > 1:  # rows out and back, while the copies above are alive
         exchange = 2 * rows * assume.compute_bytes * hidden
-    layer = model.moe_layer_params
+    layer = float(model.moe_layer_params)
     layer += model.parts.num_experts * model.parts.expert / layout.expert_parallel
     if travelling:  # the next layer's weights are on their way already
         travelling += assume.compute_bytes
