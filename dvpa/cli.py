@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from dvpa import __version__
 from dvpa import cli_commands as run
+from dvpa.cli_plan import add_train_arguments
 
 Command = Callable[[argparse.Namespace], None]
 BAD_INPUT = 2
@@ -97,13 +98,14 @@ def _parser() -> argparse.ArgumentParser:
     plan = add(
         "plan",
         run.plan,
-        "price a model per tier; needs no weights",
-        "model/dvpa-7b-32b.yaml",
+        "price a model per tier, or plan its training; needs no weights",
+        "model/dvpa-7b-32b.yaml --train --gpus 256 --gpu h100",
     )
     plan.add_argument("model", metavar="MODEL.yaml", help="a model config")
     plan.add_argument(
         "--context", type=_natural, default=0, help="earlier tokens attended to, for FLOPs/token"
     )
+    add_train_arguments(plan)
     _add_json(plan)
 
     init = add("init", run.init, "write a random checkpoint", "model/pico.yaml runs/pico --seed 1")

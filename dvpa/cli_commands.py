@@ -16,6 +16,7 @@ from dvpa.cli_output import (
     show_record,
     write_json,
 )
+from dvpa.cli_plan import TRAIN_ONLY, plan_run
 
 
 def demo(arguments: argparse.Namespace) -> None:
@@ -32,7 +33,13 @@ def demo(arguments: argparse.Namespace) -> None:
 
 
 def plan(arguments: argparse.Namespace) -> None:
-    """Price a model config per tier."""
+    """Price a model config per tier, or plan a run of it."""
+    if arguments.train is not None:
+        plan_run(arguments)
+        return
+    given = [name for name in TRAIN_ONLY if getattr(arguments, name) not in (None, [])]
+    if given:
+        raise ValueError(f"--{given[0].replace('_', '-')}: needs --train")
     from dvpa.architecture import find_config, load_architecture
     from dvpa.pricing import price
 

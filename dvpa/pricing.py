@@ -265,3 +265,62 @@ def _head_params(config: "Architecture") -> int:
     features = 2 * hidden + HEAD_CERTAINTIES  # pooled state, last state, certainty
     mlp = features * width + width + width  # the second layer has no bias
     return pooling + mlp + config.num_tiers + 1
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """One tier's parameters by the place that a parallel layout gives them.
+
+    `attention` (with both norms of its layer), `dense_mlp`, `shared_experts` and `router` are those
+    of one layer, `expert` is one routed expert of one layer; `embedding` is 0 where it is tied to
+    `head`.
+    """
+
+    embedding: int
+    head: int
+    final_norm: int
+    attention: int
+    dense_mlp: int
+    shared_experts: int
+    router: int
+    expert: int
+    num_dense_layers: int
+    num_moe_layers: int
+    num_experts: int
+
+    @property
+    def routed(self) -> int:
+        """All routed experts of all layers."""
+        return self.num_moe_layers * self.num_experts * self.expert
+
+    @property
+    def total(self) -> int:
+        """All of them: `TierPrice.tier_params`."""
+        layers = self.num_dense_layers + self.num_moe_layers
+        moe = self.num_moe_layers * (self.shared_experts + self.router)
+        outside = self.embedding + self.head + self.final_norm
+        dense = self.num_dense_layers * self.dense_mlp
+        return outside + layers * self.attention + dense + moe + self.routed
+
+
+def split(config: "Architecture", tier: int) -> ModelParts:
+    """The parts of `tier` as a model of its own; tests hold their sum against `price`."""
+    hidden, vocabulary = config.hidden_size, config.vocab_size * config.hidden_size
+    shared = config.n_shared_experts * config.moe_intermediate_size
+    return ModelParts(
+        embedding=0 if config.tie_word_embeddings else vocabulary,
+        head=vocabulary,
+        final_norm=hidden,
+        attention=_size(_attention(config)) + 2 * hidden,
+        dense_mlp=_size(_mlp(config, config.intermediate_size, 1, 1)),
+        shared_experts=_size(_mlp(config, shared, 1, 1)) if shared else 0,
+        router=config.pool_size(tier) * hidden,
+        expert=_size(_mlp(config, config.moe_intermediate_size, 1, 1)),
+        num_dense_layers=config.first_k_dense_replace,
+        num_moe_layers=_num_moe_layers(config),
+        num_experts=config.pool_size(tier),
+    )
+
+
+def _size(weights: Iterator[_Weight]) -> int:
+    return sum(weight.size * weight.stored for weight in weights)

@@ -9,6 +9,7 @@ from typing import Any
 
 import engine_page
 import escalation_page
+import plan_page
 import server_page
 from kernel_page import FIGURE, fit_lines, introduction, kernel_parts, linear_png
 
@@ -239,6 +240,13 @@ def render_locust(result: dict[str, Any]) -> str:
     return "\n\n".join(["## Locust at the server", text, table(head, rows), where])
 
 
+def render_plan(result: dict[str, Any]) -> str:
+    """Predicted and measured training steps."""
+    text, head, rows = plan_page.plan_part(result)
+    parts = ["## Planned and measured training steps", text, table(head, rows)]
+    return "\n\n".join([*parts, machine(result["environment"])])
+
+
 RENDERERS = {
     "demo": render_demo,
     "words": render_words,
@@ -250,6 +258,7 @@ RENDERERS = {
     "server_locust": render_locust,
     "escalation": render_escalation,
     "speculation": render_speculation,
+    "plan": render_plan,
     "kernels_cpu": render_kernels,
     "kernels_gpu": render_kernels,
 }

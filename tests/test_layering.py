@@ -26,6 +26,7 @@ RANKS = {
     "dvpa.config": 0.5,
     "dvpa.pricing": 1,
     "dvpa.tasks": 1,
+    "dvpa.plan": 1.5,
     "dvpa.tiers": 2,
     "dvpa.ops": 3,
     "dvpa.model": 4,
@@ -42,7 +43,7 @@ RANKS = {
 CLOSED_TO_TRAINING = {"dvpa.engine", "dvpa.server", "dvpa.cli", "dvpa.__main__"}
 TORCH = {"torch", "lightning", "transformers", "safetensors"}
 HTTP = {"fastapi", "pydantic", "starlette", "uvicorn", "sse_starlette", "prometheus_client"}
-TORCH_FREE = ("dvpa.pricing", "dvpa.tiers")
+TORCH_FREE = ("dvpa.pricing", "dvpa.plan", "dvpa.tiers")
 
 
 def module_name(path: Path, root: str) -> str:
@@ -232,7 +233,7 @@ def test_config_and_tasks_import_no_torch_at_their_top_level() -> None:
 
 
 def test_tiers_pricing_and_tasks_load_without_torch() -> None:
-    program = "import sys, dvpa, dvpa.pricing, dvpa.tiers, dvpa.tasks, dvpa.cli\n"
+    program = "import sys, dvpa, dvpa.pricing, dvpa.plan, dvpa.tiers, dvpa.tasks, dvpa.cli\n"
     program += "import dvpa.tiers.tier_map, dvpa.tiers.policy, dvpa.tasks.task_set\n"
     program += "loaded = {'torch', 'transformers', 'lightning'} & set(sys.modules)\n"
     program += "raise SystemExit(f'loaded: {sorted(loaded)}' if loaded else 0)"
