@@ -68,9 +68,14 @@ def init(arguments: argparse.Namespace) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     """Run or resume a training recipe."""
+    from dvpa_train.interrupts import Stopped
     from dvpa_train.run_report import train_and_report
 
-    train_and_report(arguments.recipe, arguments.out, arguments.overrides)
+    try:
+        train_and_report(arguments.recipe, arguments.out, arguments.overrides)
+    except Stopped as stopped:
+        print(f"dvpa: {stopped}", file=sys.stderr)
+        raise SystemExit(stopped.exit_code) from None
 
 
 def score(arguments: argparse.Namespace) -> None:

@@ -88,6 +88,12 @@ def _read_stages(arguments: argparse.Namespace, model: Path) -> list["TrainStage
 
     sequence = arguments.sequence
     recipe = load_recipe(arguments.train or f"train/{model.stem}.yaml")
+    if recipe.model is None:
+        raise ValueError(
+            f"--train: recipe {recipe.name} starts from a checkpoint, not {model.name}"
+        )
+    packed = recipe.data.packed
+    length = recipe.data.max_length if packed is None else packed.sequence_length
     if load_architecture(find_config(recipe.model)) != load_architecture(model):
         raise ValueError(f"--train: recipe {recipe.name} trains {recipe.model}, not {model.name}")
     return [
@@ -96,7 +102,7 @@ def _read_stages(arguments: argparse.Namespace, model: Path) -> list["TrainStage
             num_tiers=stage.num_tiers,
             steps=stage.steps,
             examples=stage.batch_size,
-            sequence=recipe.data.max_length if sequence is None else sequence,
+            sequence=length if sequence is None else sequence,
             tier_weights=tuple(stage.tier_weights),
             is_paired=stage.distillation > 0,
             switch_fraction=stage.switch_fraction,

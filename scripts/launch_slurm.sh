@@ -32,8 +32,9 @@ here=${DVPA_HOME:-$SLURM_SUBMIT_DIR}
 requeue=0
 save_and_requeue() {
     requeue=1
-    # torchrun does not pass USR1 on: the trainers of this job are told themselves, on every node.
-    srun --overlap --ntasks-per-node=1 pkill -USR1 -u "$USER" -f 'dvpa train' || true
+    # torchrun does not pass USR1 on, and would die of it: the trainers are told themselves, on every
+    # node (the pattern is anchored, so that torchrun's own command line does not fit).
+    srun --overlap --ntasks-per-node=1 pkill -USR1 -u "$USER" -f '^[^ ]*python[^ ]* (-u )?-m dvpa train' || true
 }
 trap save_and_requeue USR1
 

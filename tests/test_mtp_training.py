@@ -16,7 +16,7 @@ from dvpa.config import DvpaConfig, find_config, load_yaml
 from dvpa.model import DvpaForCausalLM
 from dvpa.pricing import price
 from dvpa_train.balance import LoadBalancer
-from dvpa_train.batches import IGNORED, assign_tiers, collate
+from dvpa_train.batches import IGNORED, Example, assign_tiers, collate_step
 from dvpa_train.config import OptimizerConfig, StageConfig, load_recipe
 from dvpa_train.growth import attach_head, grow
 from dvpa_train.losses import MtpSchedule, mtp_nll, mtp_targets
@@ -33,6 +33,18 @@ def _module(model: DvpaForCausalLM, stage: StageConfig, mtp: MtpSchedule) -> Tie
     return TierModule(model, stage, OptimizerConfig(), seed=0, mtp=mtp)
 
 
+def _batch(examples: list[Example], prompt_loss: bool = False) -> dict[str, torch.Tensor]:
+    """All of a step."""
+    return collate_step((examples, examples), pad_id=0, prompt_loss=prompt_loss)
+
+
+def _step(module: TierModule, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Forward, and what is reported of it."""
+    loss = module.training_step(batch, 0)
+    module.end_step()
+    return loss
+
+
 # -- the loss -------------------------------------------------------------------------------------
 
 
@@ -41,10 +53,12 @@ def _module(model: DvpaForCausalLM, stage: StageConfig, mtp: MtpSchedule) -> Tie
 def test_loss_is_that_of_a_plain_loop_over_positions(stage: StageConfig, prompt_loss: bool) -> None:
     """Position i of a sequence predicts its token i + 2, where that token is a scored one."""
     model = mtp_model()
-    batch = collate(EXAMPLES, pad_id=0, prompt_loss=prompt_loss)
+    batch = _batch(EXAMPLES, prompt_loss)
     module = _module(model, stage, MtpSchedule(0.3, 0.1, 0, 30))
-    total = module.training_step(batch, 0)
+    total = _step(module, batch)
+    latest = module.latest
 
+    batch.pop("scored")
     rows = assign_tiers(batch, stage, 0, 0)
     with torch.no_grad():
         out = model(rows.input_ids, tiers=rows.tiers, use_cache=False, with_mtp=True)
@@ -60,10 +74,10 @@ def test_loss_is_that_of_a_plain_loop_over_positions(stage: StageConfig, prompt_
                 losses.append(-float(log_p[sequence[target]]))
                 right.append(int(log_p.argmax()) == sequence[target])
     mean = sum(losses) / len(losses)
-    assert module.latest["mtp_loss"] == pytest.approx(mean, rel=1e-5)
-    assert module.latest["mtp_accuracy"] == pytest.approx(sum(right) / len(right))
+    assert latest["mtp_loss"] == pytest.approx(mean, rel=1e-5)
+    assert latest["mtp_accuracy"] == pytest.approx(sum(right) / len(right))
     assert float(total.detach()) == pytest.approx(float(main) + 0.3 * mean, rel=1e-5)
-    assert module.latest["loss"] == pytest.approx(float(total.detach()))
+    assert latest["loss"] == pytest.approx(float(total.detach()))
 
 
 def test_right_guesses_are_counted() -> None:
@@ -85,9 +99,9 @@ def test_two_documents_in_a_row_are_not_joined() -> None:
 
 def test_nothing_to_score_is_no_loss() -> None:
     module = _module(mtp_model(), PLAIN, MtpSchedule(0.3, 0.1))
-    loss = module.training_step(collate([([1], [2])] * 3, pad_id=0, prompt_loss=False), 0)
+    loss = _step(module, _batch([([1], [2])] * 3))
     assert loss.isfinite()
-    assert module.latest["mtp_loss"] == 0.0
+    assert "mtp_loss" not in module.latest
     loss.backward()
 
 
@@ -109,7 +123,7 @@ def test_it_does_not_run_at_weight_zero_nor_without_the_module(
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("the module ran")
 
-    batch = collate(EXAMPLES, pad_id=0, prompt_loss=False)
+    batch = _batch(EXAMPLES)
     with_module = mtp_model()
     without = tiny_model()
     without.load_state_dict(with_module.state_dict(), strict=False)
@@ -117,21 +131,22 @@ def test_it_does_not_run_at_weight_zero_nor_without_the_module(
     with pytest.raises(AssertionError, match="the module ran"):
         _module(with_module, PLAIN, MtpSchedule(0.3, 0.0, 0, 30)).training_step(batch, 0)
     module = _module(with_module, PLAIN, MtpSchedule(0.3, 0.0, 20, 30))  # the last third
-    loss = module.training_step(batch, 0)
+    loss = _step(module, batch)
     other = _module(without, PLAIN, MtpSchedule())
-    assert torch.equal(loss, other.training_step(batch, 0))
+    assert torch.equal(loss, _step(other, batch))
     assert not {"mtp_loss", "mtp_accuracy"} & module.latest.keys()
     assert module.training_flops == other.training_flops
 
 
 def test_its_flops_are_counted_and_its_positions_are_not_tokens() -> None:
-    batch = collate(EXAMPLES, pad_id=0, prompt_loss=False)
+    batch = _batch(EXAMPLES)
     modules = [_module(mtp_model(), PLAIN, MtpSchedule(w, w)) for w in (0.0, 0.2)]
     for module in modules:
-        module.training_step(batch, 0)
+        _step(module, batch)
     without, with_mtp = modules
     assert without.tokens_seen == with_mtp.tokens_seen == sum(len(p + c) for p, c in EXAMPLES)
     priced = price(with_mtp.model.config).tiers
+    batch.pop("scored")
     tiers = assign_tiers(batch, PLAIN, 0, 0).tiers[:, 0].tolist()
     expected = sum(
         6 * (len(prompt + completion) - 1) * priced[tier].mtp_activated_params

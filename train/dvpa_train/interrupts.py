@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 
 from dvpa_train.checkpoints import Checkpoints
+from dvpa_train.processes import is_launched
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -20,6 +21,11 @@ class Stopped(RuntimeError):
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}; run it again to resume")
         self.signum = signum
+
+    @property
+    def exit_code(self) -> int:
+        """As shells count signals; 0 under torchrun, which would start the run again otherwise."""
+        return 0 if is_launched() else 128 + self.signum
 
 
 class Interrupts(Callback):

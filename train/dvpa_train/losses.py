@@ -53,6 +53,11 @@ class StepSums:
         self._count(0, tiers, nll.double())
         self._count(1, tiers)
         self._count(2, run)
+        self.add_loss(loss)
+
+    @torch.no_grad()
+    def add_loss(self, loss: Tensor) -> None:
+        """A part of the loss."""
         self.values[-1] += loss
 
     @torch.no_grad()

@@ -121,6 +121,7 @@ class TierModule(LightningModule):
             further = self.mtp_loss(out.mtp_logits, rows, sums, self._scored_next)
             sums.add_mtp_run(out.mtp_routing.tiers)
             loss = loss + mtp * further
+            sums.add_loss(mtp * further)
         self.balancer.observe((*out.routing, out.mtp_routing) if mtp > 0 else out.routing)
         self._sums = sums if self._sums is None else self._sums + sums
         return loss * self._loss_factor
@@ -209,10 +210,14 @@ class TierModule(LightningModule):
         Raises:
             RefusedStep: the same on every process.
         """
-        sums = self._sums
-        if sums is None or (self.trainer.fit_loop.batch_idx + 1) % self.strategy.accumulate:
-            return
-        sums = StepSums(self.among.sum(sums.values))
+        if not (self.trainer.fit_loop.batch_idx + 1) % self.strategy.accumulate:
+            self.end_step()
+            self.guard.check(self.global_step, self.latest["loss"])
+
+    def end_step(self) -> None:
+        """Add up what all processes' micro-batches of the step said."""
+        assert self._sums is not None
+        sums = StepSums(self.among.sum(self._sums.values))
         self.latest = sums.means()
         per_tier = sums.tokens
         self.tokens_seen += int(sum(per_tier))
@@ -220,7 +225,6 @@ class TierModule(LightningModule):
         self.training_flops += sum(
             6.0 * n * a for n, a in zip(per_tier, self.activated, strict=True)
         ) + sum(6.0 * n * a for n, a in zip(sums.mtp_tokens, self.mtp_activated, strict=True))
-        self.guard.check(self.global_step, self.latest["loss"])
 
     def configure_gradient_clipping(
         self,
