@@ -4,7 +4,8 @@
 
 `OUT.steps.jsonl`: a line per step (stage, step, loss, gradient norm) and start; `OUT.STAGE.pt`: the
 gradients of the stage's first steps. DVPA_TEST_KILL=RANK:STAGE/STEP kills that process with SIGKILL
-before that step of the run, the first time it comes there.
+before that step of the run, the first time it comes there. DVPA_TEST_STOP=STAGE/STEP asks for an
+orderly stop.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from dvpa.model import DvpaForCausalLM
 from dvpa_train import main, module
 from dvpa_train.config import load_recipe
 from dvpa_train.expert_parallel import STACKED, ShardedExperts
+from dvpa_train.interrupts import Stopped
 from dvpa_train.module import TierModule
 from dvpa_train.sharding import whole
 
@@ -57,6 +59,8 @@ class Watched(TierModule):
         if here == f"{kill}:{at}" and not done.exists():
             done.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ.get("DVPA_TEST_STOP") == f"{self.stage.name}/{self.global_step}":
+            self.stop_wanted = self.among.is_first  # one is told, all stop
         return super().training_step(batch, batch_index)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
@@ -106,7 +110,7 @@ def run(out: Path, recipe: str, overrides: list[str]) -> None:
 
     stages.TierModule = Watched  # type: ignore[misc]
     main._score_and_calibrate = _stop_here  # type: ignore[assignment]
-    with contextlib.suppress(EndOfTraining):
+    with contextlib.suppress(EndOfTraining, Stopped):
         main.run_recipe(load_recipe(recipe, overrides), out, Console(quiet=True))
 
 

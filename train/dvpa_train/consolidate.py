@@ -25,7 +25,7 @@ GATE_UP, DOWN = ".experts.gate_up_proj", ".experts.down_proj"
 
 @torch.no_grad()
 def write_model(model: DvpaForCausalLM, folder: Path, among: Processes) -> None:
-    """Write `model` into the empty `folder`; every process must call it."""
+    """Write `model` into the new `folder`; every process must call it."""
     tensors = dict(_tensors(model))
     if not among.is_first:
         for tensor in tensors.values():
@@ -37,6 +37,7 @@ def write_model(model: DvpaForCausalLM, folder: Path, among: Processes) -> None:
         for stacked, tensor in tensors.items()
         for name, shape in _shapes(stacked, tuple(getattr(tensor, "ds_shape", tensor.shape)))
     }
+    folder.mkdir()
     with ShardWriter(folder, plan) as writer:
         for stacked, tensor in tensors.items():
             with _gathered(tensor):

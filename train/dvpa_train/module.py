@@ -188,6 +188,10 @@ class TierModule(LightningModule):
         return nll.sum() / count
 
     @property
+    def _is_last_micro(self) -> bool:
+        return (self.trainer.fit_loop.batch_idx + 1) % self.strategy.accumulate == 0
+
+    @property
     def _loss_factor(self) -> float:
         """Undoes what is divided by later: micro-batches, and processes where they are averaged."""
         averaged = self.strategy.kind in ("ddp", "deepspeed")
@@ -210,7 +214,7 @@ class TierModule(LightningModule):
         Raises:
             RefusedStep: the same on every process.
         """
-        if not (self.trainer.fit_loop.batch_idx + 1) % self.strategy.accumulate:
+        if self._is_last_micro:
             self.end_step()
             self.guard.check(self.global_step, self.latest["loss"])
 
@@ -242,9 +246,8 @@ class TierModule(LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Optimizer step, then the selection biases (never by gradient)."""
-        before = self.global_step
         super().optimizer_step(*args, **kwargs)
-        if self.global_step == before:  # DeepSpeed: a micro-batch that was not the last
+        if not self._is_last_micro:  # DeepSpeed is called for each
             return
         self.balancer.gather()
         if self.global_step % 50 == 1:

@@ -86,6 +86,10 @@ class PackedSource:
             for source, number in zip(sources.tolist(), within.tolist(), strict=True)
         ]
 
+    def describe(self) -> str:
+        """Nothing to say: `dvpa-train prepare` has reported what it left out."""
+        return ""
+
     def held_out(self, sizes: Mapping[str, int]) -> dict[str, TaskSet]:
         """Of the evaluation beside."""
         return self.evaluation.held_out(sizes)

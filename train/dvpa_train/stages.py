@@ -264,7 +264,7 @@ def finish_stage(
     """Save the stage's model, then the marker that makes it count, then drop the checkpoints."""
     if among.is_first:
         shutil.rmtree(folder / "model", ignore_errors=True)
-        (folder / "model").mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
     if tuning is not None and tuning.adapted is not None:
         tuning.save(model, folder)
     else:

@@ -1,0 +1,49 @@
+"""Processes that die, are told to stop, or come back in another number: the run is the same.
+
+DVPA_KILL_TRIALS: how many random kills (default 2; the full rehearsal is 10).
+"""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+from train_world import Trained, train
+
+EXPERTS = ("strategy.kind=fsdp2", "strategy.expert_parallel=2")
+TRIALS = int(os.environ.get("DVPA_KILL_TRIALS", "2"))
+STEPS = {"foundation": 12, "grow": 6, "joint": 12}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Two processes that nothing happens to."""
+    return train(tmp_path_factory.mktemp("unbroken") / "run", 2, *EXPERTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(TRIALS))
+def test_kill_minus_nine_of_any_process_changes_no_bit(
+    trial: int, unbroken: Trained, tmp_path: Path
+) -> None:
+    draws = random.Random(f"kill {trial}")
+    stage = draws.choice(list(STEPS))
+    rank, step = draws.randrange(2), draws.randrange(STEPS[stage])
+    found = train(
+        tmp_path / "run", 2, *EXPERTS, restarts=5, DVPA_TEST_KILL=f"{rank}:{stage}/{step}"
+    )
+    assert (tmp_path / "run.killed").exists(), "the kill took place"
+    assert found.last_steps == unbroken.last_steps
+
+
+@pytest.mark.slow
+def test_two_then_four_then_one_process(tmp_path: Path) -> None:
+    """Stopped twice by request; the data order goes on, and the losses to 1e-5."""
+    kind = "strategy.kind=fsdp2"
+    alone = train(tmp_path / "alone", 1, kind)
+    run = tmp_path / "run"
+    train(run, 2, kind, DVPA_TEST_STOP="foundation/6")
+    train(run, 4, kind, DVPA_TEST_STOP="joint/3")
+    found = train(run, 1, kind)
+    assert [step[:2] for step in found.steps] == [step[:2] for step in alone.steps]
+    assert found.losses == pytest.approx(alone.losses, rel=1e-5)
