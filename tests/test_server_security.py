@@ -313,7 +313,7 @@ def test_no_prompt_and_no_answer_gets_into_logs_metrics_or_telemetry(
     assert "/v1/completions" in everything, "something was logged"
     assert CANARY not in everything
     for text in said:
-        assert len(text) > 8
+        assert len(text) > 4
         assert text not in everything and json.dumps(text)[1:-1] not in everything
 
 

@@ -23,6 +23,7 @@ from dvpa.pricing import price
 from dvpa_train.config import Recipe, StageConfig
 from dvpa_train.examples import make_source
 from dvpa_train.main import TrainedRun
+from dvpa_train.processes import Processes
 from dvpa_train.stages import Run
 
 
@@ -98,8 +99,8 @@ def _train(
     )
     run.source.prepare(trained.tokenizer)
     out.mkdir(parents=True, exist_ok=True)
-    model, reports = run.train()
-    return model.eval(), reports[0].training_flops
+    reports = run.train()
+    return run.load().eval(), reports[0].training_flops
 
 
 def _overall_mix(recipe: Recipe, rows: list[int]) -> list[float]:
@@ -124,7 +125,7 @@ class _FixedConfigRun(Run):
         console: Console,
         config: DvpaConfig,
     ) -> None:
-        super().__init__(recipe, out, source, tokenizer, console)
+        super().__init__(recipe, out, source, tokenizer, console, Processes(), facts={})
         self.config = config
 
     def _starting_model(self, index: int, previous: DvpaForCausalLM | None) -> DvpaForCausalLM:
