@@ -108,7 +108,7 @@ class Checkpoints(Callback):
             wait()
             rank, size = self.among.rank, self.among.size
             own = [path for path in _files(folder) if _owner(path, size) == rank]
-            write_json(folder / SEAL.format(rank), describe(folder, own))
+            _write_whole(folder / SEAL.format(rank), describe(folder, own))
             if not self.among.is_first:
                 return
             facts = {"step": step, "processes": size, **self.facts}
@@ -135,11 +135,16 @@ def seal(folder: Path, facts: dict[str, Any], num_seals: int, patience_s: float 
     files: dict[str, Any] = {}
     for path in seals:
         files |= json.loads(path.read_text())
-    temporary = folder / f".{MANIFEST}"
-    write_json(temporary, {**facts, "files": dict(sorted(files.items()))})
-    os.replace(temporary, folder / MANIFEST)
+    _write_whole(folder / MANIFEST, {**facts, "files": dict(sorted(files.items()))})
     for path in seals:
         path.unlink()
+
+
+def _write_whole(path: Path, content: dict[str, Any]) -> None:
+    """Others wait for the file: they must never see half of it."""
+    temporary = path.with_name(f".seal-of-{path.name}")
+    write_json(temporary, content)
+    os.replace(temporary, path)
 
 
 def describe(folder: Path, files: Sequence[Path]) -> dict[str, Any]:
