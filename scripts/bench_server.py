@@ -30,6 +30,7 @@ from server_load import ROOT, STREAMING, Answer, Server, post
 
 GENERATE, STREAM, HTTP = "Engine.generate", "Engine.stream", "dvpa serve"
 JOB_SECONDS = 3600
+TICK_S = 0.01  # CPU time is counted in these: a tiny run may have had none
 MODEL_NAME = "bench"
 Row = dict[str, Any]
 
@@ -288,7 +289,7 @@ def summarise(samples: Sequence[Row]) -> list[Row]:
             "contender": contender,
             "tok_s": statistics.median(s["tokens"] / s["wall_s"] for s in group),
             "each_tok_s": [s["tokens"] / s["wall_s"] for s in group],
-            "tok_cpu_s": statistics.median(s["tokens"] / s["cpu_s"] for s in group),
+            "tok_cpu_s": statistics.median(s["tokens"] / max(s["cpu_s"], TICK_S) for s in group),
             "cpu_ms_per_token": statistics.median(1e3 * s["cpu_s"] / s["tokens"] for s in group),
             "ttft_ms": statistics.median(s["ttft_ms"] for s in group),
             "others": max(s["others"] for s in group),
