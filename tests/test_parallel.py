@@ -4,6 +4,7 @@ fp32, gloo, pico, 20 steps of each stage; expert parallelism, ZeRO and what goes
 """
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,19 @@ def test_every_strategy_takes_the_same_steps(
     kind = [f"strategy.{option}" for option in options.split()]
     found = train(tmp_path / "run", ranks, *LONG, model, *kind)
     check_equal(found, alone, has_gradients="deepspeed" not in options)
+
+
+@pytest.mark.slow
+@NEEDS_DEEPSPEED
+def test_a_lock_of_a_killed_build_holds_nobody_up(model: str, tmp_path: Path) -> None:
+    """DeepSpeed waits for ever on such a lock when it builds; it must not come to that."""
+    version = f"py{sys.version_info.major}{sys.version_info.minor}_cpu"
+    folder = tmp_path / "extensions" / version / "deepspeed_shm_comm"
+    folder.mkdir(parents=True)
+    (folder / "lock").touch()
+    few = [f"stages.{name}.steps=2" for name in STAGES]
+    kind = ["strategy.kind=deepspeed", "strategy.zero_stage=2"]
+    variables = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    found = train(tmp_path / "run", 2, *few, model, *kind, **variables)
+    assert len(found.steps) == 6
+    assert (folder / "lock").exists() and len(list(folder.iterdir())) == 1, "nothing was built"

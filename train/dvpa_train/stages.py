@@ -279,5 +279,7 @@ def finish_stage(
 
 def quiet_lightning() -> None:
     """Lightning's own start-up lines say nothing a reader of the progress line needs."""
+    # True, and meant, in a run of one process.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
