@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from train_world import Trained, train
 
-EXPERTS = ("strategy.kind=fsdp2", "strategy.expert_parallel=2")
+EXPERTS = ("strategy.kind=fsdp2", "strategy.expert_parallel=2", "strategy.timeout_s=60")
 TRIALS = int(os.environ.get("DVPA_KILL_TRIALS", "2"))
 STEPS = {"foundation": 12, "grow": 6, "joint": 12}
 

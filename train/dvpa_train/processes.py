@@ -66,7 +66,20 @@ def processes(config: StrategyConfig) -> Iterator[Processes]:
         return
     timeout = timedelta(seconds=config.timeout_s)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    if is_launched():
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # The launcher's store outlives its processes: addresses of a start that was killed are
+        # still in it, and the next one would wait for them.
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
+        )
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore(f"start_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store),
+            rank=int(os.environ["RANK"]),
+            world_size=size,
+            timeout=timeout,
+        )
+    elif is_launched():
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
