@@ -160,12 +160,13 @@ class TierModule(LightningModule):
             teacher = picked[:half] if taught is None else taught[is_scored.chunk(2)[0]]
             temperature, share = self.stage.distillation_temperature, self.stage.distillation
             kl = distillation_kl(picked[half:], teacher, temperature)
-            top, lower = nll[:half].sum(), (1 - share) * nll[half:].sum() + share * kl.sum()
+            top = nll[:half].sum() / count
+            lower = (1 - share) * (nll[half:].sum() / count) + share * (kl.sum() / count)
             sums.add_distillation(kl.detach())
             if self.stage.distill_top:
-                top_kl = distillation_kl(picked[:half], teacher, temperature).sum()
+                top_kl = distillation_kl(picked[:half], teacher, temperature).sum() / count
                 top = (1 - share) * top + share * top_kl
-            loss = 0.5 * (top + lower) / count
+            loss = 0.5 * (top + lower)
         else:
             loss = nll.sum() / (len(nll) if scored is None else scored)
         sums.add(loss.detach(), nll.detach(), tiers, real)
@@ -239,7 +240,7 @@ class TierModule(LightningModule):
         """Clip by the norm over all processes' shards; DeepSpeed clips its own."""
         if self.strategy.kind == "deepspeed":
             return
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
         norm = float(clip_gradients(trained, self.optimizer_config.gradient_clip, self.among))
         self.latest["gradient_norm"] = norm
         self.guard.check_gradient(self.global_step, norm)

@@ -71,18 +71,16 @@ def _axis(name: str, parameter: Tensor, replicas: int) -> int:
 def clip_gradients(parameters: list[nn.Parameter], limit: float, among: Processes) -> Tensor:
     """Scale all gradients so that their norm is at most `limit`; the norm before, on every process.
 
-    Right for parameters that lie sharded over *all* processes (however), and for whole ones.
+    Right for parameters that lie sharded over *all* processes, on whichever meshes, and for whole
+    ones: PyTorch's own takes one mesh.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    local = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
-    is_sharded = [isinstance(g, DTensor) for g in grads]
-    device = local[0].device
-    squares = torch.zeros(2, dtype=torch.float32, device=device)  # of whole ones, of shards
-    for grad, sharded in zip(local, is_sharded, strict=True):
-        squares[int(sharded)] += grad.float().square().sum()
-    if any(is_sharded):
-        squares[1:] = among.sum(squares[1:].clone())
-    norm = squares.sum().sqrt()
+    local = [g.to_local() for g in grads if isinstance(g, DTensor)]
+    if not local:
+        return nn.utils.clip_grad_norm_(parameters, limit)
+    assert len(local) == len(grads), "all sharded, or none"
+    squares = torch.stack([grad.float().square().sum() for grad in local]).sum()
+    norm = among.sum(squares).sqrt()
     torch._foreach_mul_(local, (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
