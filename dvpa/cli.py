@@ -9,15 +9,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from dvpa import __version__
 from dvpa import cli_commands as run
 from dvpa.cli_plan import add_train_arguments
+from dvpa.command_line import BAD_INPUT, INTERRUPTED, Parser, one_line
 
 Command = Callable[[argparse.Namespace], None]
-BAD_INPUT = 2
-INTERRUPTED = 130  # what a shell reports for SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _bad_input() as error:
         if os.environ.get("DVPA_DEBUG") == "1":
             raise
-        print(f"dvpa: error: {_one_line(error)}", file=sys.stderr)
+        print(f"dvpa: error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("dvpa: interrupted", file=sys.stderr)
@@ -48,21 +46,8 @@ def _bad_input() -> tuple[type[BaseException], ...]:
     return tuple(errors)
 
 
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror.lower()}"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line and carry the pointer to --help."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see `{self.prog} --help`)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="dvpa",
         description="Difficulty-adaptive Mixture-of-Experts language models.",
         epilog="example: dvpa demo && dvpa generate runs/demo/checkpoint 'your question'",

@@ -177,6 +177,6 @@ def _plain(value: Any) -> str:
 
 
 def _short(number: float) -> str:
-    from dvpa.plan.numbers import amount
+    from dvpa.plan.stage_model import amount
 
     return amount(number)

@@ -33,8 +33,8 @@ from dvpa.config import DvpaConfig, load_model_config
 from dvpa.evaluate.report import describe_environment
 from dvpa.model import DvpaForCausalLM
 from dvpa.plan import Assumptions, Layout, Machine, TrainStage
-from dvpa.plan.numbers import stage_model
 from dvpa.plan.predict import predict
+from dvpa.plan.stage_model import stage_model
 from dvpa_kernels import make_routing, moe_mlp
 from dvpa_train.config import OptimizerConfig, StageConfig
 from dvpa_train.module import TierModule

@@ -102,3 +102,9 @@ def moe_layers(model: DvpaForCausalLM) -> list[Any]:
 def thresholds(model: DvpaForCausalLM, *cuts: float) -> TierMap:
     """A map that only compares the raw difficulty with cuts."""
     return TierMap("threshold", ("base", "middle", "top"), model.tier_map.costs, 2, cuts)
+
+
+def logits_with_mtp(model: DvpaForCausalLM, batch: Batch, tiers: Any) -> tuple[Tensor, Tensor]:
+    """Logits and the module's logits."""
+    out = model(**batch._asdict(), tiers=tiers, use_cache=False, with_mtp=True)
+    return out.logits, out.mtp_logits

@@ -1,6 +1,6 @@
 """Processes that die, are told to stop, or come back in another number: the run is the same.
 
-DVPA_KILL_TRIALS: how many random kills (default 1; the full rehearsal is 10).
+DVPA_KILL_TRIALS: how many random kills (default 2; the full rehearsal is 10).
 """
 
 import os
@@ -11,7 +11,7 @@ import pytest
 from train_world import Trained, train
 
 EXPERTS = ("strategy.kind=fsdp2", "strategy.expert_parallel=2", "strategy.timeout_s=60")
-TRIALS = int(os.environ.get("DVPA_KILL_TRIALS", "1"))
+TRIALS = int(os.environ.get("DVPA_KILL_TRIALS", "2"))
 STEPS = {"foundation": 12, "grow": 6, "joint": 12}
 
 
@@ -47,3 +47,17 @@ def test_two_then_four_then_one_process(tmp_path: Path) -> None:
     found = train(run, 1, kind)
     assert [step[:2] for step in found.steps] == [step[:2] for step in alone.steps]
     assert found.losses == pytest.approx(alone.losses, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_resumes_on_as_many_processes_and_no_others(stage: int, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    kind = ("strategy.kind=deepspeed", f"strategy.zero_stage={stage}")
+    unbroken = train(tmp_path / "unbroken", 2, *kind)
+    run = tmp_path / "run"
+    train(run, 2, *kind, DVPA_TEST_STOP="joint/6")
+    with pytest.raises(AssertionError, match="processes: 2 when it was saved, 4 now"):
+        train(run, 4, *kind)
+    found = train(run, 2, *kind)
+    assert [step[:3] for step in found.steps] == [step[:3] for step in unbroken.steps]

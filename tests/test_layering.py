@@ -23,6 +23,7 @@ ROOTS = {
 RANKS = {
     "dvpa.validation": -1,
     "dvpa.architecture": 0,
+    "dvpa.command_line": 0,
     "dvpa.config": 0.5,
     "dvpa.pricing": 1,
     "dvpa.tasks": 1,

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers.modeling_layers
-from helpers import Batch, left_padded, mtp_model, tiny_config, tiny_model
+from helpers import Batch, left_padded, logits_with_mtp, mtp_model, tiny_config, tiny_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DeepseekV3ForCausalLM
@@ -39,12 +39,6 @@ def saved(model: DvpaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("mtp") / "checkpoint"
     model.save_pretrained(folder)
     return folder
-
-
-def both(model: DvpaForCausalLM, batch: Batch, tiers: Any) -> tuple[Tensor, Tensor]:
-    """Logits and the module's logits."""
-    out = model(**batch._asdict(), tiers=tiers, use_cache=False, with_mtp=True)
-    return out.logits, out.mtp_logits
 
 
 # -- what it computes -----------------------------------------------------------------------------
@@ -110,7 +104,7 @@ def test_parity_with_transformers_parts_at_every_tier(case: str, tmp_path: Path)
     valid = batch.attention_mask.bool()
     for tier in range(3):
         export_tier(tmp_path / "dvpa", tier, tmp_path / str(tier), keep_mtp=True)
-        ours, mtp = both(model, batch, tier)
+        ours, mtp = logits_with_mtp(model, batch, tier)
         theirs, their_mtp = Oracle(tmp_path / str(tier))(batch)
         scale = float(their_mtp.abs().max())
         assert (ours - theirs)[valid].abs().max() <= 1e-5 * float(theirs.abs().max())
@@ -139,7 +133,9 @@ def test_transformers_own_module_loads_the_export(saved: Path, tmp_path: Path) -
         position_ids=torch.arange(1, 9)[None],
         mtp_cache=MtpCache(config=reference.config.get_mtp_config()),
     )
-    _, mtp = both(DvpaForCausalLM.from_pretrained(saved).eval(), Batch(ids, None, None), 2)
+    _, mtp = logits_with_mtp(
+        DvpaForCausalLM.from_pretrained(saved).eval(), Batch(ids, None, None), 2
+    )
     assert (mtp[:, -1] - logits[:, 0]).abs().max() <= 1e-5 * float(logits.abs().max())
     assert int(tokens) == int(mtp[0, -1].argmax())
 
@@ -168,15 +164,15 @@ def test_a_position_depends_on_its_own_past_and_tier_only(
     batch, tiers = left_padded([9, 6, 4]), torch.tensor([0, 2, 1])
     if not with_positions:  # then only the mask says where a row begins
         batch = batch._replace(position_ids=None)
-    _, together = both(model, batch, tiers)
+    _, together = logits_with_mtp(model, batch, tiers)
     for row, tier in enumerate(tiers.tolist()):
         length = int(batch.attention_mask[row].sum())
         ids = batch.input_ids[row, -length:][None]
-        _, alone = both(model, Batch(ids, None, None), tier)
+        _, alone = logits_with_mtp(model, Batch(ids, None, None), tier)
         assert torch.allclose(together[row, -(length - 1) :], alone[0], atol=1e-5)
         changed = ids.clone()
         changed[0, -1] = 3 if ids[0, -1] != 3 else 4
-        _, later = both(model, Batch(changed, None, None), tier)
+        _, later = logits_with_mtp(model, Batch(changed, None, None), tier)
         assert torch.equal(later[:, :-1], alone[:, :-1])  # only the last one reads the last token
         assert not torch.allclose(later[:, -1], alone[:, -1])
 
@@ -198,7 +194,7 @@ def test_a_mask_made_by_the_caller_is_cut_too(model: DvpaForCausalLM) -> None:
     ids, document = left_padded([9]).input_ids, torch.tensor([0] * 5 + [1] * 4)
     seen = torch.ones(9, 9).tril().bool() & (document[:, None] == document)
     packed = model(ids, attention_mask=seen[None, None], tiers=2, use_cache=False, with_mtp=True)
-    _, alone = both(model, Batch(ids[:, 5:], None, None), 2)
+    _, alone = logits_with_mtp(model, Batch(ids[:, 5:], None, None), 2)
     assert torch.allclose(packed.mtp_logits[:, 5:], alone, atol=1e-5)
 
 
@@ -211,7 +207,7 @@ def test_gradients_survive_checkpointing(model: DvpaForCausalLM, reentrant: bool
         copy.train()
         if recompute:
             copy.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        both(copy, batch, 1)[1].pow(2).mean().backward()
+        logits_with_mtp(copy, batch, 1)[1].pow(2).mean().backward()
         gradients.append({n: p.grad for n, p in copy.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
@@ -220,7 +216,7 @@ def test_gradients_survive_checkpointing(model: DvpaForCausalLM, reentrant: bool
 
 def test_gradient_reaches_trunk_embedding_head_and_module(model: DvpaForCausalLM) -> None:
     model.zero_grad()
-    both(model, left_padded([9, 9]), 2)[1].pow(2).mean().backward()
+    logits_with_mtp(model, left_padded([9, 9]), 2)[1].pow(2).mean().backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     model.zero_grad()
     parts = ("eh_proj", "enorm", "hnorm", "shared_head.norm", "mlp.gate", "self_attn.o_proj")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Batch, left_padded, mtp_model, tiny_config, tiny_model
+from helpers import left_padded, logits_with_mtp, mtp_model, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DeepseekV3ForCausalLM
@@ -32,12 +32,6 @@ def saved(model: DvpaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("mtp") / "checkpoint"
     model.save_pretrained(folder)
     return folder
-
-
-def both(model: DvpaForCausalLM, batch: Batch, tiers: Any) -> tuple[Tensor, Tensor]:
-    """Logits and the module's logits."""
-    out = model(**batch._asdict(), tiers=tiers, use_cache=False, with_mtp=True)
-    return out.logits, out.mtp_logits
 
 
 def edit(folder: Path, **changes: Tensor | None) -> None:
@@ -65,7 +59,9 @@ def test_saving_and_loading_is_bit_exact_under_v3s_names(
         assert torch.equal(tensor, loaded.state_dict()[name]), name
     assert loaded.model.layers[3].mlp.gate.tier_bias.dtype == torch.float32
     batch = left_padded([6, 3])
-    for ours, theirs in zip(both(model, batch, 2), both(loaded, batch, 2), strict=True):
+    for ours, theirs in zip(
+        logits_with_mtp(model, batch, 2), logits_with_mtp(loaded, batch, 2), strict=True
+    ):
         assert torch.equal(ours, theirs)
 
 

@@ -1,32 +1,26 @@
-"""Training on paper: parts against prices and by hand, activations against autograd, layouts."""
+"""Training on paper: parts against prices and by hand, layouts, the command."""
 
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dvpa.architecture import Architecture, load_architecture
 from dvpa.cli import main
-from dvpa.config import load_model_config
-from dvpa.model import DvpaForCausalLM
 from dvpa.plan import MACHINES, Assumptions, Layout, Machine, TrainStage, Wishes, plan_training
 from dvpa.plan.memory import predict_memory, total
-from dvpa.plan.numbers import stage_model
 from dvpa.plan.predict import predict
+from dvpa.plan.stage_model import stage_model
 from dvpa.plan.traffic import expert_exchange, weight_exchange
 from dvpa.pricing import price, split
-from dvpa_train.batches import assign_tiers
-from dvpa_train.config import StageConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 BIG = "model/dvpa-7b-32b.yaml"
@@ -89,54 +83,6 @@ def test_multi_token_prediction_is_one_more_layer_and_one_more_head(big: Archite
     added = (more.flops_per_token - plain.flops_per_token) / 6
     least = parts.attention + parts.shared_experts + parts.head + plain.mean_top_k * parts.expert
     assert least < added < 1.2 * least
-
-
-def test_tier_shares_are_those_the_trainer_draws() -> None:
-    rows, length = 4000, 32
-    ids = torch.ones(rows, length, dtype=torch.long)
-    batch = {"input_ids": ids, "labels": ids, "attention_mask": ids}
-    for paired, weights in ((0.5, [0.5, 0.2, 0.3, 0.0]), (0.0, [0.1, 0.2, 0.3, 0.4])):
-        kind: Any = "joint" if paired else "expansion"
-        config = StageConfig(
-            "s", kind, 4, 1, rows, weights, distillation=paired, switch_fraction=0.5
-        )
-        drawn = assign_tiers(batch, config, seed=0, step=0)
-        found = np.bincount(drawn.tiers.flatten().numpy(), minlength=4) / drawn.tiers.numel()
-        stage = TrainStage("s", 4, 1, rows, length, tuple(weights), paired > 0, 0.5)
-        assert stage.tokens == drawn.num_tokens
-        assert sum(stage.tier_shares()) == pytest.approx(1)
-        assert found == pytest.approx(np.array(stage.tier_shares()), abs=0.015)
-
-
-def saved_bytes(model: DvpaForCausalLM, ids: torch.Tensor, tiers: torch.Tensor) -> int:
-    """What autograd keeps of a pass through the layers, parameters left out; every storage once."""
-    kept: dict[int, torch.Tensor] = {}
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        held = model.model(ids, tiers=tiers, use_cache=False)
-    assert held is not None
-    return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own)
-
-
-@pytest.mark.parametrize("name", ["nano", "words"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_activations_are_what_autograd_keeps(name: str, dtype: torch.dtype) -> None:
-    config = load_model_config(f"model/{name}.yaml")
-    torch.manual_seed(0)
-    model = DvpaForCausalLM(config).to(dtype).train()
-    batch, length = 4, 64
-    measured = saved_bytes(model, torch.randint(5, 300, (batch, length)), torch.arange(4))
-    stage = TrainStage("all", 4, 1, batch, length, (0.25,) * 4)
-    assume = Assumptions(imbalance=1.0, compute_bytes=dtype.itemsize, experts_are_fused=0.0)
-    numbers = stage_model(config, stage)
-    lines = predict_memory(numbers, stage, Layout(1, 1, False), batch, assume)
-    predicted = {line.name: line.value for line in lines}["activations kept"]
-    assert 0.95 < predicted / measured < 1.02
 
 
 def tiny() -> Architecture:
@@ -251,11 +197,27 @@ def test_recomputing_trades_time_for_memory(big: Architecture) -> None:
 
 
 @pytest.mark.parametrize("num_gpus", [64, 128, 256, 512, 1024])
-def test_the_large_model_fits(capsys: pytest.CaptureFixture[str], num_gpus: int) -> None:
-    assert main(["plan", BIG, "--train", "--gpus", str(num_gpus), "--json", "-"]) == 0
+@pytest.mark.parametrize("has_mtp", [False, True])
+def test_the_large_model_fits(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, num_gpus: int, has_mtp: bool
+) -> None:
+    model, recipe = BIG, "train/dvpa-7b-32b.yaml"
+    if not has_mtp:
+        model = str(tmp_path / "model.yaml")
+        text = (ROOT / "configs" / BIG).read_text()
+        Path(model).write_text(
+            re.sub("num_nextn_predict_layers: 1", "num_nextn_predict_layers: 0", text)
+        )
+        text = (ROOT / "configs" / recipe).read_text()
+        recipe = str(tmp_path / "recipe.yaml")
+        text = re.sub("(?m)^mtp: .*$", "mtp: null", text).replace(
+            f"model: {BIG}", f"model: {model}"
+        )
+        Path(recipe).write_text(text)
+    assert main(["plan", model, "--train", recipe, "--gpus", str(num_gpus), "--json", "-"]) == 0
     plan = json.loads(capsys.readouterr().out)
     layout = plan["layout"]
-    assert plan["model_params"] > 152e9
+    assert plan["model_params"] > (155e9 if has_mtp else 152e9)
     assert 32 % layout["expert_parallel"] == 0
     assert num_gpus % layout["shard"] == 0 == layout["shard"] % layout["expert_parallel"]
     names = ["foundation", "grow-13b", "grow-20b", "grow-32b", "joint"]

@@ -4,7 +4,7 @@ Activations are what autograd keeps of the modules in `dvpa.model` (tests count 
 training precision, with flash attention. Letters: D hidden, H heads, S sequence, K slots, F width.
 """
 
-from dvpa.plan.numbers import Line, StageModel, amount
+from dvpa.plan.stage_model import Line, StageModel, amount
 from dvpa.plan.workload import Assumptions, Layout, TrainStage
 
 FP32, INT64 = 4, 8

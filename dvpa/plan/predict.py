@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from dvpa.plan.machine import Machine
 from dvpa.plan.memory import predict_memory, total
-from dvpa.plan.numbers import Line, StageModel
+from dvpa.plan.stage_model import Line, StageModel
 from dvpa.plan.timing import predict_time
 from dvpa.plan.traffic import expert_exchange, replica_exchange, weight_exchange
 from dvpa.plan.workload import Assumptions, Layout, TrainStage

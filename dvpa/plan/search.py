@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from dvpa.plan.layouts import Wishes, candidates, check_request, divisors
 from dvpa.plan.machine import Machine
-from dvpa.plan.numbers import StageModel, stage_model
 from dvpa.plan.predict import StagePrediction, predict
+from dvpa.plan.stage_model import StageModel, stage_model
 from dvpa.plan.workload import Assumptions, Layout, TrainStage
 
 if TYPE_CHECKING:

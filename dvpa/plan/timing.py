@@ -2,7 +2,7 @@
 
 from dvpa.plan.machine import Machine
 from dvpa.plan.memory import dense_layer_bytes, logit_bytes, moe_layer_bytes
-from dvpa.plan.numbers import Line, StageModel, amount
+from dvpa.plan.stage_model import Line, StageModel, amount
 from dvpa.plan.traffic import expert_exchange, replica_exchange, weight_exchange
 from dvpa.plan.workload import Assumptions, Layout, TrainStage
 

@@ -7,7 +7,7 @@ use every adapter of a node; each rank of a node has its own.
 from dataclasses import dataclass
 
 from dvpa.plan.machine import Machine
-from dvpa.plan.numbers import StageModel, amount
+from dvpa.plan.stage_model import StageModel, amount
 from dvpa.plan.workload import Assumptions, Layout
 
 

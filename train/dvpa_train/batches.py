@@ -94,9 +94,10 @@ def _collate_packed(rows: Sequence[PackedRow], pad_id: int) -> dict[str, Tensor]
 def collate_step(
     item: tuple[Sequence[Example], Sequence[Example]], pad_id: int, prompt_loss: bool
 ) -> dict[str, Tensor]:
-    """`collate` of a micro-batch; `scored` [2] counts the labels of all this process's step.
+    """`collate` of a micro-batch; `scored` [2] counts the labels of the item's second part.
 
-    All of them, and those that a prediction two tokens ahead has, too.
+    All of them, and those that a prediction two tokens ahead has, too. What `BatchDataset` gives
+    with a step's first micro-batch is all that this process has in the step.
     """
     micro, of_step = item
     batch = collate(micro, pad_id, prompt_loss)

@@ -9,9 +9,8 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-BAD_INPUT, INTERRUPTED = 2, 130
+from dvpa.command_line import BAD_INPUT, INTERRUPTED, Parser, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,10 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("DVPA_DEBUG") == "1":
             raise
-        text = str(error)
-        if isinstance(error, OSError) and error.strerror and error.filename is not None:
-            text = f"{error.filename}: {error.strerror.lower()}"
-        print(f"dvpa-train: error: {' '.join(text.split())}", file=sys.stderr)
+        print(f"dvpa-train: error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("dvpa-train: interrupted", file=sys.stderr)
@@ -33,15 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line and carry the pointer to --help."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see `{self.prog} --help`)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="dvpa-train",
         description="Prepare training data for `dvpa train`.",
         epilog="example: dvpa-train prepare 'corpus/*.jsonl' --tokenizer runs/t --out data/corpus",

@@ -6,6 +6,7 @@ are DeepSeek-V3's (design: section 6): stacked experts are parted again.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def write_model(model: DvpaForCausalLM, folder: Path, among: Processes) -> None:
     config = model.config
     config.auto_map = dict(AUTO_MAP)
     config.architectures = [type(model).__name__]
-    config.dtype = "float32"
+    config.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
@@ -60,7 +61,7 @@ def _tensors(model: DvpaForCausalLM) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            yield name.replace("_orig_mod.", ""), tensor
+            yield name, tensor
 
 
 def _gathered(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -79,7 +80,7 @@ def _shapes(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int,
         yield name, shape
         return
     *experts, rows, columns = shape
-    for i in range(int(torch.tensor(experts).prod())):
+    for i in range(prod(experts)):
         if name.endswith(GATE_UP):
             for part in ("gate_proj", "up_proj"):
                 yield _expert(name, i, part), (rows // 2, columns)

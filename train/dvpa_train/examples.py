@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -324,11 +325,16 @@ class BatchDataset:
         return self.stage.steps * self.accumulate
 
     def __getitem__(self, index: int) -> tuple[list[Example], list[Example]]:
-        """(Examples of the micro-batch, all that this process has in the step)."""
+        """(Examples of the micro-batch, those of all this process's that the step still has).
+
+        The step's first micro-batch is asked how much there is to learn in all of it.
+        """
         step, micro = divmod(index, self.accumulate)
-        of_step = [example for i in range(self.accumulate) for example in self._read(step, i)]
-        size = len(of_step) // self.accumulate
-        return of_step[micro * size : (micro + 1) * size], of_step
+        own = self._read(step, micro)
+        if micro:
+            return own, own
+        later = (self._read(step, i) for i in range(1, self.accumulate))
+        return own, [*own, *chain.from_iterable(later)]
 
     def _read(self, step: int, micro: int) -> list[Example]:
         parts = self.accumulate * self.part.count

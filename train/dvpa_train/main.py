@@ -33,7 +33,7 @@ from dvpa_train.initial import changed_files, fingerprint, load_tokenizer, set_t
 from dvpa_train.processes import processes
 from dvpa_train.stages import Run, StageReport, quiet_lightning
 from dvpa_train.strategies import num_threads
-from dvpa_train.tokenizer_files import check_tokenizer, copy_tokenizer
+from dvpa_train.tokenizer_files import check_tokenizer, copy_tokenizer, tokenizer_hash
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -90,7 +90,10 @@ def run_recipe(recipe: Recipe, out: Path, console: Console) -> TrainedRun | None
                     f"data: {len(tasks[part])} held-out tasks for {part}; at least {MIN_REQUESTS} "
                     "are needed (validation_fraction, calibration.items)"
                 )
-        facts = {"tokenizer": hash_tokenizer(tokenizer), "recipe": _hash_claim(out)}
+        facts = {
+            "tokenizer": tokenizer_hash(Path(tokenizer.name_or_path)),
+            "recipe": hashlib.sha256((out / "recipe.json").read_bytes()).hexdigest(),
+        }
         run = Run(recipe, out, source, tokenizer, console, among, facts)
         stages = run.train()
     if not among.is_first:
@@ -109,6 +112,7 @@ def _claim(out: Path, recipe: Recipe) -> None:
     free = ("expert_parallel", "activation_checkpointing", "compile", "timeout_s")
     for name in free:
         del claim["recipe"]["strategy"][name]
+    del claim["recipe"]["guard"]["max_rollbacks"]  # one that has run out may be given more
     for name in ("threads", "log_every", "checkpoint_every", "keep_checkpoints", "wandb_mode"):
         del claim["recipe"][name]
     if recipe.initial_checkpoint is not None:
@@ -125,16 +129,6 @@ def _claim(out: Path, recipe: Recipe) -> None:
             f"{out}: holds a run of another recipe; choose another folder or delete it"
         )
     path.write_text(text)
-
-
-def _hash_claim(out: Path) -> str:
-    return hashlib.sha256((out / "recipe.json").read_bytes()).hexdigest()
-
-
-def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over what a tokenizer does and its chat template."""
-    written = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
-    return hashlib.sha256(written.encode()).hexdigest()
 
 
 def _load_tokenizer(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:

@@ -59,7 +59,9 @@ def processes(config: StrategyConfig) -> Iterator[Processes]:
     Raises:
         ValueError: the launcher's number of processes does not fit the strategy.
     """
-    size = int(os.environ.get("WORLD_SIZE", 1)) if is_launched() else 1
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size > 1 and not is_launched():  # they would write over each other
+        raise ValueError(f"WORLD_SIZE: {size} processes must be started by torchrun")
     check_size(config, size)
     if config.kind == "single" or dist.is_initialized():
         yield _known()

@@ -168,7 +168,10 @@ class Run:
     ) -> tuple[DvpaForCausalLM | None, StageReport]:
         recipe, folder, among = self.recipe, self.folder(index), self.among
         strategy, clip = recipe.strategy, recipe.optimizer.gradient_clip
-        found, passed_over = find_latest(folder, self.facts, among)
+        facts = dict(self.facts)
+        if strategy.kind == "deepspeed":  # its checkpoints are read back by as many processes
+            facts["processes"] = among.size
+        found, passed_over = find_latest(folder, facts, among)
         for problem in passed_over:
             self.console.print(f"{stage.name}: not resumed from {problem}")
         teacher = None
@@ -279,6 +282,10 @@ def finish_stage(
 
 def quiet_lightning() -> None:
     """Lightning's own start-up lines say nothing a reader of the progress line needs."""
+    if (
+        not torch.cuda.is_available()
+    ):  # DeepSpeed would find that out aloud, wherever it is imported
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # True, and meant, in a run of one process.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):

@@ -142,6 +142,6 @@ def trainer_arguments(config: StrategyConfig, among: Processes, clip: float) -> 
     }
 
 
-def num_threads(config: int, among: Processes) -> int:
-    """CPU threads of this process: the recipe's, shared by the processes of a node."""
-    return max(1, min(config, (os.cpu_count() or 1) // among.local_size))
+def num_threads(wanted: int, among: Processes) -> int:
+    """CPU threads of this process: the recipe's, but no more than the node has for each."""
+    return max(1, min(wanted, (os.cpu_count() or 1) // among.local_size))
