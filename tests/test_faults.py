@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 
 import pytest
-from train_world import Trained, train
+from train_world import Trained, train, two_experts
 
 EXPERTS = ("strategy.kind=fsdp2", "strategy.expert_parallel=2", "strategy.timeout_s=60")
 TRIALS = int(os.environ.get("DVPA_KILL_TRIALS", "2"))
@@ -39,12 +39,12 @@ def test_kill_minus_nine_of_any_process_changes_no_bit(
 @pytest.mark.slow
 def test_two_then_four_then_one_process(tmp_path: Path) -> None:
     """Stopped twice by request; the data order goes on, and the losses to 1e-5."""
-    kind = "strategy.kind=fsdp2"
-    alone = train(tmp_path / "alone", 1, kind)
+    kind = ("strategy.kind=fsdp2", two_experts(tmp_path))
+    alone = train(tmp_path / "alone", 1, *kind)
     run = tmp_path / "run"
-    train(run, 2, kind, DVPA_TEST_STOP="foundation/6")
-    train(run, 4, kind, DVPA_TEST_STOP="joint/3")
-    found = train(run, 1, kind)
+    train(run, 2, *kind, DVPA_TEST_STOP="foundation/6")
+    train(run, 4, *kind, DVPA_TEST_STOP="joint/3")
+    found = train(run, 1, *kind)
     assert [step[:2] for step in found.steps] == [step[:2] for step in alone.steps]
     assert found.losses == pytest.approx(alone.losses, rel=1e-5)
 

@@ -4,6 +4,7 @@ fp32, gloo, pico, 20 steps of each stage; expert parallelism, ZeRO and what goes
 """
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -11,11 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from train_worker import WATCHED_STEPS
-from train_world import STAGES, Trained, train
+from train_world import STAGES, Trained, train, two_experts
 
 LONG = tuple(f"stages.{name}.steps=20" for name in STAGES)
 SAME = 1e-5
-CONFIGS = Path(__file__).parent.parent / "configs"
 NEEDS_DEEPSPEED = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
 )
@@ -23,17 +23,7 @@ NEEDS_DEEPSPEED = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """pico with two experts a token at the base tier, as an override.
-
-    A normalised gate over one expert has no gradient but rounding, which Adam makes as large as any
-    other: such a router walks at random, and another way on every machine.
-    """
-    text = (CONFIGS / "model" / "pico.yaml").read_text()
-    one = "top_k: 1, topk_group: 1, routed_scaling_factor: 1.0"
-    assert one in text
-    path = tmp_path_factory.mktemp("model") / "pico.yaml"
-    path.write_text(text.replace(one, "top_k: 2, topk_group: 1, routed_scaling_factor: 1.4142"))
-    return f"model={path}"
+    return two_experts(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +87,31 @@ def test_every_strategy_takes_the_same_steps(
     kind = [f"strategy.{option}" for option in options.split()]
     found = train(tmp_path / "run", ranks, *LONG, model, *kind)
     check_equal(found, alone, has_gradients="deepspeed" not in options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        "precision=bf16",
+        pytest.param(
+            "compile=true",
+            marks=pytest.mark.skipif(
+                "DVPA_COMPILE" not in os.environ,
+                reason="minutes of compiling: set DVPA_COMPILE to run it",
+            ),
+        ),
+    ],
+)
+def test_what_changes_the_arithmetic_stays_near(
+    options: str, model: str, alone: Trained, tmp_path: Path
+) -> None:
+    """bf16 products over fp32 weights; compiled layers."""
+    kind = ["strategy.kind=fsdp2", "strategy.expert_parallel=2", f"strategy.{options}"]
+    found = train(tmp_path / "run", 2, *LONG, model, *kind)
+    assert found.losses == pytest.approx(alone.losses, rel=0.02)
+    saved = load_file(found.model(2) / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
 @pytest.mark.slow

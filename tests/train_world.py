@@ -16,6 +16,7 @@ WORKER = HERE / "train_worker.py"
 RECIPE = "train/pico.yaml"
 STAGES = ("foundation", "grow", "joint")
 PATIENCE_S = 600
+PICO = HERE.parent / "configs" / "model" / "pico.yaml"
 
 
 @dataclass(frozen=True)
@@ -89,3 +90,17 @@ def train(out: Path, ranks: int, *overrides: str, restarts: int = 0, **variables
     )
     assert done.returncode == 0, done.stderr[-6000:]
     return Trained(out)
+
+
+def two_experts(folder: Path) -> str:
+    """pico with two experts a token at the base tier, as an override of the recipe.
+
+    A normalised gate over one expert has no gradient but rounding, which Adam makes as large as any
+    other: such a router walks at random, and another way with every order of summation.
+    """
+    one = "top_k: 1, topk_group: 1, routed_scaling_factor: 1.0"
+    text = PICO.read_text()
+    assert one in text
+    path = folder / "pico.yaml"
+    path.write_text(text.replace(one, "top_k: 2, topk_group: 1, routed_scaling_factor: 1.4142"))
+    return f"model={path}"
