@@ -140,6 +140,8 @@ def _show(name: str, plan: "TrainingPlan", explain: str | None) -> None:
             f"{stage.days:.3g}",
         )
     out.print(table)
+    for line in plan.host_memory:
+        out.print(f"host memory, {line.name}: {line.value / 1e9:.3g} GB = {line.formula}")
     counts = "; ".join(f"{count} {reason}" for reason, count in plan.passed_over.items())
     out.print(f"other layouts: {counts or 'none'}")
     days = ", ".join(f"{ranks}: {d:.1f}" for ranks, d in plan.days_by_expert_parallel.items())

@@ -20,14 +20,17 @@ import torch
 from rich.console import Console
 from torch.distributed.tensor import DTensor
 
-from dvpa.model import DvpaForCausalLM
-from dvpa_train import main, module
+from dvpa_train import main, stages
 from dvpa_train.config import load_recipe
 from dvpa_train.expert_parallel import STACKED, ShardedExperts
 from dvpa_train.interrupts import Stopped
 from dvpa_train.module import TierModule
+from dvpa_train.origins import Resumed
 from dvpa_train.sharding import whole
+from dvpa_train.stages import Run
+from dvpa_train.starts import Start
 
+_start = Run._start
 WATCHED_STEPS = (0, 3)
 
 
@@ -35,21 +38,20 @@ class Watched(TierModule):
     """Writes down what it does; takes no part in it."""
 
     out: Path
-
-    def __init__(self, model: DvpaForCausalLM, *args: Any, **kwargs: Any) -> None:
-        super().__init__(model, *args, **kwargs)
-        self._before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    expected: dict[str, torch.Tensor]  # what a single process starts the stage with
 
     def configure_model(self) -> None:
-        """Every rank must hold its own slice of the experts, not the first one's."""
+        """Together the slices are that model, and every rank holds its own of the experts."""
         super().configure_model()
+        if self.origin is None or isinstance(self.origin, Resumed):
+            return
+        for name, tensor in self.model.state_dict().items():
+            expected = self.expected[name]
+            assert torch.equal(whole(tensor).reshape(expected.shape), expected), name
         for name, layer in self.model.named_modules():
             if isinstance(layer, ShardedExperts):
                 for stacked in STACKED:
-                    ours = whole(getattr(layer, stacked)).flatten(0, 1)
-                    assert torch.equal(ours, self._before[f"{name}.{stacked}"]), name
-                    check_own_slice(layer, stacked, self._before[f"{name}.{stacked}"])
-        self._before = {}
+                    check_own_slice(layer, stacked, self.expected[f"{name}.{stacked}"])
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_index: int) -> torch.Tensor:
         """Die here, if told to."""
@@ -102,13 +104,20 @@ def _has_grad(parameter: torch.Tensor) -> bool:
     return parameter.grad is not None
 
 
+def start_and_note(run: Run, index: int, previous: Any) -> Start:
+    """A sharded start; the same stage's start of a single process is kept to compare."""
+    start = _start(run, index, previous)
+    if start.origin is not None:
+        with torch.random.fork_rng():
+            Watched.expected = run._whole_start(index, None).state_dict()
+    return start
+
+
 def run(out: Path, recipe: str, overrides: list[str]) -> None:
     """Train all stages; the model's head and tier map are left out."""
     Watched.out = out
-    module.TierModule = Watched  # type: ignore[misc]
-    from dvpa_train import stages
-
     stages.TierModule = Watched  # type: ignore[misc]
+    Run._start = start_and_note  # type: ignore[method-assign]
     main._score_and_calibrate = _stop_here  # type: ignore[assignment]
     with contextlib.suppress(EndOfTraining, Stopped):
         main.run_recipe(load_recipe(recipe, overrides), out, Console(quiet=True))

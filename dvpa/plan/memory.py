@@ -8,6 +8,8 @@ from dvpa.plan.stage_model import Line, StageModel, amount
 from dvpa.plan.workload import Assumptions, Layout, TrainStage
 
 FP32, INT64 = 4, 8
+MOMENTS = 2  # of AdamW, in fp32 as the weights are
+PIECE = 1 << 22  # numbers drawn or read at a time at the start, or one expert
 # Bytes per logit at the loss, as `dvpa_train` computes it in fp32. Forward: the logits, their
 # scored copy, that copy in fp32 (in fp32 it is the same) and the log-probabilities; backward: the
 # log-probabilities, their gradient, and its way back to the logits. Both come to as much.
@@ -64,6 +66,34 @@ def predict_memory(
 def total(lines: tuple[Line, ...]) -> float:
     """Their sum."""
     return sum(line.value for line in lines)
+
+
+def predict_host_memory(model: StageModel, layout: Layout) -> tuple[Line, ...]:
+    """Memory beside the accelerators of what `dvpa_train` (fsdp2) keeps there; not a sum.
+
+    Nobody needs the whole model but who fits the difficulty head and the tier map.
+    """
+    params = model.dense_params + model.routed_params
+    expert = 2 * model.config.moe_intermediate_size * model.config.hidden_size
+    state = FP32 * (1 + MOMENTS) * params / layout.shard
+    return (
+        Line(
+            "start, each rank",
+            float(FP32 * max(PIECE, expert)),
+            "one piece being drawn or read; the rank's slices go to the accelerator",
+        ),
+        Line(
+            "checkpoint, each rank",
+            state,
+            f"a copy while it is written: {FP32 * (1 + MOMENTS)} B x {amount(params)} parameters "
+            f"/ {layout.shard} ranks",
+        ),
+        Line(
+            "difficulty head and calibration, first rank",
+            float(FP32 * params),
+            f"the whole model: {FP32} B x {amount(params)}; none with calibration: null",
+        ),
+    )
 
 
 def _working(

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from dvpa.plan.layouts import Wishes, candidates, check_request, divisors
 from dvpa.plan.machine import Machine
+from dvpa.plan.memory import predict_host_memory
 from dvpa.plan.predict import StagePrediction, predict
-from dvpa.plan.stage_model import StageModel, stage_model
+from dvpa.plan.stage_model import Line, StageModel, stage_model
 from dvpa.plan.workload import Assumptions, Layout, TrainStage
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ MEMORY = "too large, with the loss in chunks"
 class TrainingPlan:
     """The chosen layout, what it costs, and how many others were passed over and why.
 
+    `host_memory`: of the largest stage, bytes beside the accelerators; they do not add up.
     `days_by_expert_parallel`: the fastest feasible layout of each degree; `accumulate` and
     `micro_batch` are in the stages. `model_params` counts multi-token prediction modules.
     """
@@ -38,6 +40,7 @@ class TrainingPlan:
     assumptions: Assumptions
     layout: Layout
     stages: tuple[StagePrediction, ...]
+    host_memory: tuple[Line, ...]
     passed_over: dict[str, int]
     days_by_expert_parallel: dict[int, float]
     gpu_hours: float
@@ -74,14 +77,15 @@ def plan_training(
     else:
         raise ValueError(search.failure())
     hours, layout, predictions = search.best
-    params = max(model.dense_params + model.routed_params for model in models)
+    largest = max(models, key=lambda model: model.dense_params + model.routed_params)
     return TrainingPlan(
-        model_params=params,
+        model_params=largest.dense_params + largest.routed_params,
         machine=machine,
         num_gpus=num_gpus,
         assumptions=assume,
         layout=layout,
         stages=predictions,
+        host_memory=predict_host_memory(largest, layout),
         passed_over=dict(search.passed_over),
         days_by_expert_parallel=search.days,
         gpu_hours=hours,

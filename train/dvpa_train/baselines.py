@@ -128,7 +128,7 @@ class _FixedConfigRun(Run):
         super().__init__(recipe, out, source, tokenizer, console, Processes(), facts={})
         self.config = config
 
-    def _starting_model(self, index: int, previous: DvpaForCausalLM | None) -> DvpaForCausalLM:
+    def _whole_start(self, index: int, previous: DvpaForCausalLM | None) -> DvpaForCausalLM:
         torch.manual_seed(self.recipe.seed)
         return DvpaForCausalLM(self.config)
 

@@ -201,7 +201,9 @@ class Recipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mtp: MtpConfig | None = None  # null: the default, if the model has such a module
     difficulty: DifficultyStage = field(default_factory=DifficultyStage)
-    calibration: CalibrationStage = field(default_factory=CalibrationStage)
+    calibration: CalibrationStage | None = field(
+        default_factory=CalibrationStage
+    )  # null: the run ends with the stages, without a difficulty head
     tokenizer: str = ""  # a tokenizer or checkpoint folder; empty: trained on the data
     seed: int = 0
     threads: int = 2

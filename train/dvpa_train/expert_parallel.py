@@ -30,7 +30,7 @@ class ShardedExperts(nn.Module):
     """Stands in for `DvpaExperts`: the same parameters' names, as DTensors [G, P, ...] over `mesh`.
 
     Args:
-        experts: the whole layer; every rank of the mesh must hold the same values.
+        experts: the whole layer, on the meta device or with the same values on every rank.
         num_groups: G.
         mesh: one axis; its size must divide P.
     """
@@ -43,10 +43,11 @@ class ShardedExperts(nn.Module):
         self.backend = experts.backend
         self.process_group, self.num_ranks = mesh.get_group(), mesh.size()
         for name in STACKED:
-            grouped = getattr(experts, name).detach().unflatten(0, (num_groups, -1))
+            stacked = getattr(experts, name)
+            grouped = stacked.detach().unflatten(0, (num_groups, -1))
             # No broadcast: every rank cuts its slice from what it holds already.
             local = distribute_tensor(grouped, mesh, [Shard(EXPERT_AXIS)], src_data_rank=None)
-            self.register_parameter(name, nn.Parameter(local))
+            self.register_parameter(name, nn.Parameter(local, stacked.requires_grad))
 
     def forward(self, hidden_TD: Tensor, routing: Routing) -> Tensor:
         """Weighted sum of each token's experts, wherever they are; every rank must call it."""

@@ -39,12 +39,12 @@ class FineTuning:
         if lora is not None:
             base = self.recipe.initial_checkpoint
             self.adapted = add_adapters(model, lora, self.recipe.seed, base)
-        return self._freeze(model)
+        return self.freeze(model)
 
     def restore(self, folder: Path) -> DvpaForCausalLM:
         """The model as the stage of this state folder left it."""
         if self.recipe.lora is None:
-            return self._freeze(DvpaForCausalLM.from_pretrained(folder / MODEL))
+            return self.freeze(DvpaForCausalLM.from_pretrained(folder / MODEL))
         model = self._load()
         self.adapted = restore_adapters(model, self.recipe.lora, folder / ADAPTER)
         return model
@@ -83,7 +83,8 @@ class FineTuning:
         assert self.recipe.initial_checkpoint is not None
         return load_initial(self.recipe.initial_checkpoint)
 
-    def _freeze(self, model: DvpaForCausalLM) -> DvpaForCausalLM:
+    def freeze(self, model: DvpaForCausalLM) -> DvpaForCausalLM:
+        """Leave only what is to be trained, and say how much that is; the model."""
         if self.adapted is None:
             freeze(model, self.recipe.freeze)
         total = sum(p.numel() for p in model.parameters())

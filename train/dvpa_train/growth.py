@@ -7,77 +7,109 @@ about one half, below a trained favourite, and the mix of a new tier stays close
 predecessor's.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
 
 from dvpa.config import DvpaConfig
 from dvpa.model import DvpaForCausalLM
 from dvpa.model.difficulty import DifficultyHead
+from dvpa.model.tensor_names import HEAD_PREFIX, ROUTER_WEIGHT, TIER_BIAS
+from dvpa_train.draws import draw
+from dvpa_train.origins import Drawn, Held, Source, copy
+from dvpa_train.slices import Slice, materialise, slice_of, slices_of
+from dvpa_train.stacked import DOWN, GATE_UP
 
 ROUTER_STD = 0.02
 
 
-def grow(model: DvpaForCausalLM, config: DvpaConfig, seed: int) -> DvpaForCausalLM:
-    """A model of `config`, which must extend `model`'s: same widths and first tiers, more groups.
+class Grown:
+    """The weights of a model of `config` that extends the one of `small` in `source`.
 
     Raises:
-        ValueError: `config` does not contain the model's tiers, or only one of the two has a
+        ValueError: `config` does not contain the tiers of `small`, or only one of the two has a
             multi-token prediction module, whose experts grow like every layer's.
     """
-    small = model.config
-    if config.group_size != small.group_size or config.tiers[: small.num_tiers] != small.tiers:
-        raise ValueError(
-            f"config: its tiers {config.tier_names} must begin with the model's {small.tier_names}"
-        )
-    if config.num_nextn_predict_layers != small.num_nextn_predict_layers:
-        raise ValueError(
-            f"config: num_nextn_predict_layers: {config.num_nextn_predict_layers} must be the "
-            f"model's, {small.num_nextn_predict_layers}"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        grown = DvpaForCausalLM(config)
-    state = model.state_dict()
-    for name, target in grown.state_dict().items():
-        if name.startswith("difficulty_head."):
-            continue
-        source = state[name]
-        with torch.no_grad():
-            if target.shape == source.shape:
-                target.copy_(source)
-            elif name.endswith("tier_bias"):
-                _grow_bias(target, source)
+
+    def __init__(self, source: Source, small: DvpaConfig, config: DvpaConfig, seed: int) -> None:
+        if config.group_size != small.group_size or config.tiers[: small.num_tiers] != small.tiers:
+            raise ValueError(
+                f"config: its tiers {config.tier_names} must begin with the model's "
+                f"{small.tier_names}"
+            )
+        if config.num_nextn_predict_layers != small.num_nextn_predict_layers:
+            raise ValueError(
+                f"config: num_nextn_predict_layers: {config.num_nextn_predict_layers} must be the "
+                f"model's, {small.num_nextn_predict_layers}"
+            )
+        self.source, self.small, self.config, self.seed = source, small, config, seed
+
+    def fill(self, slices: Mapping[str, Slice]) -> None:
+        """Copy what the smaller model has; draw, or zero, what is new."""
+        old = self.small.n_routed_experts
+        routers = torch.Generator().manual_seed(self.seed)
+        new: dict[str, int] = {}  # name -> first row to draw
+        for name, part in slices.items():
+            if name.startswith(HEAD_PREFIX):
+                new[name] = 0
+            elif name.endswith(TIER_BIAS):
+                part.put(0, self._biases(name))
+            elif name.endswith(ROUTER_WEIGHT):
+                part.put(0, self._router(name, routers))
             else:
-                _grow_experts(name, target, source, generator)
+                copy(self.source, name, part, old)
+            if name.endswith(GATE_UP):
+                new[name] = old
+            elif name.endswith(DOWN):
+                for _, _, local in part.experts(old):
+                    local.zero_()
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            for name, first, rows in draw(self.config):
+                skipped = max(new.get(name, first + len(rows)) - first, 0)
+                if skipped < len(rows):
+                    slices[name].put(first + skipped, rows[skipped:])
+
+    def _biases(self, name: str) -> Tensor:
+        """Old tiers keep their biases; a new one starts from the largest old one's, then zeros."""
+        tiers, experts = self.small.num_tiers, self.small.n_routed_experts
+        source = self.source.read(name, (slice(0, tiers), slice(0, experts)))
+        biases = torch.zeros(self.config.num_tiers, self.config.n_routed_experts)
+        biases[:tiers, :experts] = source
+        biases[tiers:, :experts] = source[-1]
+        return biases
+
+    def _router(self, name: str, generator: torch.Generator) -> Tensor:
+        experts, width = self.small.n_routed_experts, self.config.hidden_size
+        rows = torch.empty(self.config.n_routed_experts, width)
+        rows[:experts] = self.source.read(name, (slice(0, experts), slice(0, width)))
+        rows[experts:].normal_(0.0, ROUTER_STD, generator=generator)
+        return rows
+
+
+@torch.no_grad()
+def grow(model: DvpaForCausalLM, config: DvpaConfig, seed: int) -> DvpaForCausalLM:
+    """A whole model of `config`, which must extend `model`'s.
+
+    Raises:
+        ValueError: see `Grown`.
+    """
+    origin = Grown(Held(model.state_dict()), model.config, config, seed)
+    with torch.device("meta"):
+        grown = DvpaForCausalLM(config)
+    materialise(grown, "cpu")
+    origin.fill(slices_of(grown))
     return grown.train(model.training)
 
 
-def _grow_bias(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Old tiers keep their biases; a new one starts from the largest old one's, then zeros."""
-    tiers, experts = source.shape
-    target.zero_()
-    target[:tiers, :experts] = source
-    target[tiers:, :experts] = source[-1]
-
-
-def _grow_experts(
-    name: str, target: torch.Tensor, source: torch.Tensor, generator: torch.Generator
-) -> None:
-    target[: len(source)] = source
-    new = target[len(source) :]
-    if name.endswith("down_proj"):
-        new.zero_()
-    elif name.endswith("gate.weight"):
-        new.normal_(0.0, ROUTER_STD, generator=generator)
-    # gate_up_proj keeps the fresh initialisation
-
-
+@torch.no_grad()
 def attach_head(model: DvpaForCausalLM, config: DvpaConfig, seed: int) -> DvpaForCausalLM:
-    """Give a fully grown model the (freshly initialised) difficulty head of `config`."""
+    """Give a fully grown model the difficulty head of `config`, fresh, in place; the model."""
+    model.difficulty_head = DifficultyHead(config)
+    model.config.difficulty = config.difficulty
+    head = model.difficulty_head.named_parameters(prefix=HEAD_PREFIX.rstrip("."))
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        fresh = DvpaForCausalLM(config)
-    fresh.load_state_dict(model.state_dict(), strict=False)
-    fresh.generation_config = model.generation_config
-    assert isinstance(fresh.difficulty_head, DifficultyHead)
-    return fresh
+        Drawn(config, seed).fill({name: slice_of(name, tensor) for name, tensor in head})
+    return model

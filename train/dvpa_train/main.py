@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from dvpa_train.config import Recipe
 from dvpa_train.difficulty import train_head
 from dvpa_train.examples import PARTS, Source, make_source
 from dvpa_train.growth import attach_head
+from dvpa_train.host_memory import check_host_memory
 from dvpa_train.initial import changed_files, fingerprint, load_tokenizer, set_template
 from dvpa_train.processes import processes
 from dvpa_train.stages import Run, StageReport, quiet_lightning
@@ -61,15 +63,17 @@ class TrainedRun:
 def run_recipe(recipe: Recipe, out: Path, console: Console) -> TrainedRun | None:
     """Run or resume `recipe` into `out`, together with the launcher's other processes.
 
-    The difficulty head and the tier map are the first process's work; the others get None.
+    The difficulty head and the tier map are the first process's work; the others get None. So does
+    the first without `calibration`: `checkpoint/` is the stages' model then.
 
     Raises:
         ValueError: `out` holds a run of another recipe, or its checkpoint was made under another
-            tokenizer; or the number of processes does not fit.
+            tokenizer; the number of processes does not fit, or the model the memory.
     """
     quiet_lightning()
     transformers_logging.disable_progress_bar()
     with processes(recipe.strategy) as among:
+        check_host_memory(recipe, among)
         torch.set_num_threads(num_threads(recipe.threads, among))
         console.quiet |= not among.is_first
         source = make_source(recipe)
@@ -82,14 +86,7 @@ def run_recipe(recipe: Recipe, out: Path, console: Console) -> TrainedRun | None
         source.prepare(tokenizer)
         if source.describe():
             console.print(f"data          {source.describe()}", soft_wrap=True)
-        sizes = dict.fromkeys(PARTS, recipe.calibration.items) | {"head": recipe.difficulty.items}
-        tasks = source.held_out(sizes)  # before the training: too few should not cost minutes
-        for part in ("fit", "calibrate"):
-            if len(tasks[part]) < MIN_REQUESTS:
-                raise ValueError(
-                    f"data: {len(tasks[part])} held-out tasks for {part}; at least {MIN_REQUESTS} "
-                    "are needed (validation_fraction, calibration.items)"
-                )
+        tasks = _held_out(recipe, source)  # before the training: too few should not cost minutes
         facts = {
             "tokenizer": tokenizer_hash(Path(tokenizer.name_or_path)),
             "recipe": hashlib.sha256((out / "recipe.json").read_bytes()).hexdigest(),
@@ -98,11 +95,30 @@ def run_recipe(recipe: Recipe, out: Path, console: Console) -> TrainedRun | None
         stages = run.train()
     if not among.is_first:
         return None
+    if recipe.calibration is None:
+        _save_stages(run, out / "checkpoint")
+        console.print(f"checkpoint    {out / 'checkpoint'}: no difficulty head, no tier map")
+        return None
     model, outcomes = _score_and_calibrate(
         recipe, source, tokenizer, run.load(), tasks, out, console
     )
     _save(model, tokenizer, out / "checkpoint")
     return TrainedRun(out, recipe, model, tokenizer, tasks, outcomes, stages)
+
+
+def _held_out(recipe: Recipe, source: Source) -> dict[str, TaskSet]:
+    """The tasks of head, tier map and report."""
+    if recipe.calibration is None:
+        return {}
+    sizes = dict.fromkeys(PARTS, recipe.calibration.items) | {"head": recipe.difficulty.items}
+    tasks = source.held_out(sizes)
+    for part in ("fit", "calibrate"):
+        if len(tasks[part]) < MIN_REQUESTS:
+            raise ValueError(
+                f"data: {len(tasks[part])} held-out tasks for {part}; at least {MIN_REQUESTS} "
+                "are needed (validation_fraction, calibration.items)"
+            )
+    return tasks
 
 
 def _claim(out: Path, recipe: Recipe) -> None:
@@ -113,7 +129,10 @@ def _claim(out: Path, recipe: Recipe) -> None:
     for name in free:
         del claim["recipe"]["strategy"][name]
     del claim["recipe"]["guard"]["max_rollbacks"]  # one that has run out may be given more
-    for name in ("threads", "log_every", "checkpoint_every", "keep_checkpoints", "wandb_mode"):
+    # The stages do not depend on what comes after them.
+    after = ("difficulty", "calibration")
+    logs = ("threads", "log_every", "checkpoint_every", "keep_checkpoints", "wandb_mode")
+    for name in (*after, *logs):
         del claim["recipe"][name]
     if recipe.initial_checkpoint is not None:
         claim["initial_checkpoint"] = fingerprint(recipe.initial_checkpoint)
@@ -166,6 +185,7 @@ def _score_and_calibrate(
     console: Console,
 ) -> tuple[DvpaForCausalLM, dict[str, OutcomeTable]]:
     """Difficulty head, then the tier map; each on held-out tasks of its own."""
+    assert recipe.calibration is not None
     config = recipe.sized_config(len(tokenizer))
     model = attach_head(model, config, recipe.seed).eval()
     (out / "outcomes").mkdir(exist_ok=True)
@@ -225,11 +245,38 @@ def routed_costs(activated: Sequence[float], requests: OutcomeTable) -> FloatArr
     return total / float((read + answered).mean())
 
 
+def _save_stages(run: Run, folder: Path) -> None:
+    """The last stage's model as it is; its weights are linked, not copied, where that can be."""
+    trained = run.folder(len(run.recipe.stages) - 1) / "model"
+    if not trained.is_dir():  # adapters only
+        _save(run.load(), run.tokenizer, folder)
+        return
+    with _replaced(folder) as scratch:
+        shutil.copytree(trained, scratch, copy_function=_link)
+        run.tokenizer.save_pretrained(scratch)
+
+
+def _link(source: str, target: str) -> None:
+    if source.endswith(".safetensors"):
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # a file system without hard links
+            pass
+    shutil.copy2(source, target)
+
+
 def _save(model: DvpaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    with _replaced(folder) as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+
+
+@contextmanager
+def _replaced(folder: Path) -> Iterator[Path]:
     """Complete or absent: written beside, then renamed."""
     scratch = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
-    model.save_pretrained(scratch)
-    tokenizer.save_pretrained(scratch)
+    yield scratch
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(scratch, folder)

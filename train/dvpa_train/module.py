@@ -28,6 +28,7 @@ from dvpa_train.losses import (
     mtp_targets,
     token_nll,
 )
+from dvpa_train.origins import Origin
 from dvpa_train.processes import Processes
 from dvpa_train.sharding import clip_gradients, shard
 from dvpa_train.teacher import Teacher
@@ -43,7 +44,8 @@ class TierModule(LightningModule):
     divided by the count of all their tokens, and so are its gradients.
 
     Args:
-        model: whole; `configure_model` shards it where the strategy does.
+        model: whole; `configure_model` shards it where the strategy does. With an `origin`: on the
+            meta device, and filled from there once it is sharded.
         strategy, among: how, and over which processes.
         guard: which steps to refuse.
     """
@@ -59,12 +61,13 @@ class TierModule(LightningModule):
         guard: GuardConfig | None = None,
         mtp: MtpSchedule = WITHOUT_MTP,
         teacher: Teacher | None = None,
+        origin: Origin | None = None,
     ) -> None:
         super().__init__()
         self.teacher = [teacher]  # in a list: no part of the module, nor of its checkpoints
         self.model, self.stage, self.optimizer_config, self.seed = model, stage, optimizer, seed
         self.strategy, self.among = strategy or StrategyConfig(), among or Processes()
-        self.guard = Guard(guard or GuardConfig())
+        self.guard, self.origin = Guard(guard or GuardConfig()), origin
         self.balancer = LoadBalancer(model, self.among)
         self.mtp = mtp
         priced = price(model.config).tiers
@@ -93,7 +96,7 @@ class TierModule(LightningModule):
             for layer in self.model.model.layers:
                 layer.compile()
         if self.strategy.kind == "fsdp2":
-            shard(self.model, self.strategy, self.among)
+            shard(self.model, self.strategy, self.among, self.origin)
         if self.strategy.kind == "deepspeed":
             keep_whole(self.model)
 

@@ -20,13 +20,24 @@ from torch.distributed.tensor import DTensor, Shard
 from dvpa.model import DvpaForCausalLM
 from dvpa_train.config import StrategyConfig
 from dvpa_train.expert_parallel import shard_experts
+from dvpa_train.origins import Origin
 from dvpa_train.processes import Processes
+from dvpa_train.slices import materialise, slices_of
 
 REPLICA, EXPERT = "expert_replica", "expert_parallel"
 
 
-def shard(model: DvpaForCausalLM, config: StrategyConfig, among: Processes) -> None:
-    """Shard `model` in place over all processes; every one must hold the same weights.
+def shard(
+    model: DvpaForCausalLM,
+    config: StrategyConfig,
+    among: Processes,
+    origin: Origin | None = None,
+) -> None:
+    """Shard `model` in place over all processes.
+
+    Args:
+        origin: of the weights of a model on the meta device: each process makes its own slices, and
+            never the whole. None: every process holds the same weights already.
 
     Raises:
         ValueError: the processes do not divide the experts or their widths.
@@ -55,6 +66,10 @@ def shard(model: DvpaForCausalLM, config: StrategyConfig, among: Processes) -> N
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
             module.set_gradient_divide_factor(1.0)
+    if origin is not None:
+        materialise(model, device)
+        with torch.no_grad():
+            origin.fill(slices_of(model))
 
 
 def _axis(name: str, parameter: Tensor, replicas: int) -> int:

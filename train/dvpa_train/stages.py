@@ -4,6 +4,7 @@
 last of all `done.json`: a stage counts as finished only with that file.
 """
 
+import gc
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from rich.console import Console
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
+from dvpa.config import DvpaConfig
 from dvpa.model import DvpaForCausalLM
 from dvpa_train.batches import Part, collate_step
 from dvpa_train.callbacks import MetricLog, ProgressLine
@@ -35,7 +37,9 @@ from dvpa_train.guard import RefusedStep
 from dvpa_train.interrupts import Interrupts
 from dvpa_train.losses import MtpSchedule
 from dvpa_train.module import TierModule
+from dvpa_train.origins import Resumed
 from dvpa_train.processes import Processes
+from dvpa_train.starts import Start, sharded_start
 from dvpa_train.strategies import trainer_arguments
 
 
@@ -118,9 +122,11 @@ class Run:
         noted = self.folder(index) / "skipped.json"
         while True:
             skipped = json.loads(noted.read_text()) if noted.is_file() else []
-            start = self._starting_model(index, previous)
+            gc.collect()  # Lightning's cycles hold the last attempt's weights and optimizer
             try:
-                return self._run_stage(index, stage, start, first, skipped, loggers)
+                return self._run_stage(
+                    index, stage, self._start(index, previous), first, skipped, loggers
+                )
             except RefusedStep as refused:
                 if len(skipped) >= self.recipe.guard.max_rollbacks:
                     raise RuntimeError(
@@ -137,20 +143,40 @@ class Run:
                 self.among.barrier()
                 previous = None
 
-    def _starting_model(self, index: int, previous: DvpaForCausalLM | None) -> DvpaForCausalLM:
-        """The model a stage begins with: fresh, or the last one, grown to the stage's tiers."""
+    def _start(self, index: int, previous: DvpaForCausalLM | None) -> Start:
+        """What a stage begins with: fresh, or the last one, grown to the stage's tiers."""
+        if self.recipe.strategy.kind == "fsdp2":
+            return self._sharded_start(index)
+        return Start(self._whole_start(index, previous))
+
+    def _sharded_start(self, index: int) -> Start:
+        recipe, folder = self.recipe, None
+        if index:
+            folder = self.folder(index - 1) / "model"
+        elif recipe.initial_checkpoint is not None:
+            folder = Path(recipe.initial_checkpoint)
+        start = sharded_start(self._config(index), folder, recipe.seed + index)
+        if self.tuning is not None:
+            self.tuning.freeze(start.model)
+        return start
+
+    def _whole_start(self, index: int, previous: DvpaForCausalLM | None) -> DvpaForCausalLM:
         if self.tuning is not None and index == 0:
             return self.tuning.begin()
-        stage = self.recipe.stages[index]
-        config = self.recipe.sized_config(len(self.tokenizer)).truncate(stage.num_tiers)
+        config = self._config(index)
         if index == 0:
             torch.manual_seed(self.recipe.seed)
             return DvpaForCausalLM(config)
         if previous is None:
             previous = self._load(index - 1)
-        if previous.config.num_tiers == stage.num_tiers:
+        if previous.config.num_tiers == config.num_tiers:
             return previous
         return grow(previous, config, seed=self.recipe.seed + index)
+
+    def _config(self, index: int) -> DvpaConfig:
+        """Of the model of a stage."""
+        num_tiers = self.recipe.stages[index].num_tiers
+        return self.recipe.sized_config(len(self.tokenizer)).truncate(num_tiers)
 
     def _load(self, index: int) -> DvpaForCausalLM:
         if self.tuning is not None:
@@ -161,7 +187,7 @@ class Run:
         self,
         index: int,
         stage: StageConfig,
-        model: DvpaForCausalLM,
+        start: Start,
         first: int,
         skipped: Sequence[int],
         loggers: list[Any],
@@ -176,10 +202,10 @@ class Run:
             self.console.print(f"{stage.name}: not resumed from {problem}")
         teacher = None
         if self.tuning is not None:
-            stage, teacher = self.tuning.stage(stage), self.tuning.teacher(stage, model)
+            stage, teacher = self.tuning.stage(stage), self.tuning.teacher(stage, start.model)
         first_step = sum(s.steps for s in recipe.stages[:index])
         module = TierModule(
-            model.train(),
+            start.model.train(),
             stage,
             recipe.optimizer,
             recipe.seed,
@@ -188,6 +214,7 @@ class Run:
             recipe.guard,
             MtpSchedule(*recipe.mtp_weights(), first_step, sum(s.steps for s in recipe.stages)),
             teacher,
+            Resumed() if found and start.origin else start.origin,
         )
         checkpoints = Checkpoints(
             folder, recipe.checkpoint_every, recipe.keep_checkpoints, self.facts, among
