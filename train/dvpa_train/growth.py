@@ -8,7 +8,6 @@ predecessor's.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -107,9 +106,9 @@ def grow(model: DvpaForCausalLM, config: DvpaConfig, seed: int) -> DvpaForCausal
 @torch.no_grad()
 def attach_head(model: DvpaForCausalLM, config: DvpaConfig, seed: int) -> DvpaForCausalLM:
     """Give a fully grown model the difficulty head of `config`, fresh, in place; the model."""
-    model.difficulty_head = DifficultyHead(config)
-    model.config.difficulty = config.difficulty
-    head = model.difficulty_head.named_parameters(prefix=HEAD_PREFIX.rstrip("."))
     with torch.random.fork_rng():
-        Drawn(config, seed).fill({name: slice_of(name, tensor) for name, tensor in head})
+        head = DifficultyHead(config)
+        tensors = head.named_parameters(prefix=HEAD_PREFIX.rstrip("."))
+        Drawn(config, seed).fill({name: slice_of(name, tensor) for name, tensor in tensors})
+    model.difficulty_head, model.config.difficulty = head, config.difficulty
     return model

@@ -108,7 +108,7 @@ class Resumed:
 
 
 def copy(source: Source, name: str, part: Slice, num_experts: int | None = None) -> None:
-    """Fill a slice from the tensor of the same name; of stacked experts, the first `num_experts`."""
+    """Fill a slice from the tensor of its name; of stacked experts, the first `num_experts`."""
     if part.is_stacked:
         for expert, index, local in part.experts(0, num_experts):
             local.copy_(source.read_expert(name, expert, index))

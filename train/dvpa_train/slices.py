@@ -46,7 +46,7 @@ class Slice:
     def experts(
         self, first: int = 0, last: int | None = None
     ) -> Iterator[tuple[int, Index, Tensor]]:
-        """The experts from `first` to before `last` that are held: number, index inside, values."""
+        """Those of `first` .. `last` - 1 that are held: number, index inside, values."""
         size, places = self.shape[1], self.index[1]
         for group, held in enumerate(self.local):
             for place, local in zip(range(places.start, places.stop), held, strict=True):
