@@ -56,11 +56,15 @@ def conversations(path: Path) -> Path:
 
 def recipe_for(start: Path, chats: Path, *overrides: str) -> Recipe:
     """The shipped recipe, cut down, from `start` on `chats`."""
-    ours = [
+    return load_recipe(RECIPE, [*cut_down(start, chats), *overrides])
+
+
+def cut_down(start: Path, chats: Path) -> list[str]:
+    """What makes the shipped recipe start from `start` and end in seconds."""
+    return [
         f"initial_checkpoint={start}", f"data.files=[{{path: {chats}, format: chat}}]",
         "data.chat_template=null", "data.validation_fraction=0.5", *FEW,
     ]  # fmt: skip
-    return load_recipe(RECIPE, [*ours, *overrides])
 
 
 def run(recipe: Recipe, out: Path) -> TrainedRun:

@@ -181,7 +181,6 @@ def test_the_frozen_teacher_is_the_student_only_at_first(start: Path, chats: Pat
     frozen, _ = module.loss(logits, rows, taught)
     in_place, _ = module.loss(logits, rows)
     assert frozen.item() == pytest.approx(in_place.item(), rel=1e-6)
-    assert module.training_flops > 0
     frozen.backward()
     with torch.no_grad():
         for parameter in model.parameters():

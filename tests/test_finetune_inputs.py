@@ -42,6 +42,8 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["lora.groups=[4]"], r"4 must be in 0 \.\. 3"),
         (["lora.targets=[attention]", "lora.groups=[1]"], "only experts have groups"),
         (["lora.rank=0"], "must be positive"),
+        (["strategy.kind=fsdp2"], "lora needs single or ddp, not fsdp2"),
+        (["lora=null", "strategy.kind=deepspeed"], r"joint\.teacher: frozen needs single, ddp or"),
         (["difficulty.probe_layer=2"], "both probe_layer and hidden_size"),
         (["difficulty.probe_layer=2", "difficulty.hidden_size=8"], "has a head of its own"),
     ],

@@ -51,15 +51,20 @@ class Trained:
         return self.out / "training_state" / f"{stage}-{STAGES[stage]}" / "model"
 
 
-def command(out: Path, ranks: int, *overrides: str, restarts: int = 0) -> list[str]:
+def command(
+    out: Path, ranks: int, *overrides: str, restarts: int = 0, recipe: str = RECIPE
+) -> list[str]:
     """torchrun for a worker per rank; a single process without it."""
-    worker = [str(WORKER), str(out), RECIPE, *overrides]
-    if ranks == 1:
-        return [sys.executable, *worker]
+    worker = [str(WORKER), str(out), recipe, *overrides]
+    return [sys.executable, *worker] if ranks == 1 else [*torchrun(ranks, restarts), *worker]
+
+
+def torchrun(ranks: int, restarts: int = 0) -> list[str]:
+    """The launcher, to be followed by a script and its arguments."""
     return [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
         "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
-        "--max-restarts", str(restarts), *worker,
+        "--max-restarts", str(restarts),
     ]  # fmt: skip
 
 
@@ -75,14 +80,21 @@ def environment(**more: str) -> dict[str, str]:
     }
 
 
-def train(out: Path, ranks: int, *overrides: str, restarts: int = 0, **variables: Any) -> Trained:
+def train(
+    out: Path,
+    ranks: int,
+    *overrides: str,
+    restarts: int = 0,
+    recipe: str = RECIPE,
+    **variables: Any,
+) -> Trained:
     """Run to the end.
 
     Raises:
         AssertionError: it failed; the message is the end of what it said.
     """
     done = subprocess.run(
-        command(out, ranks, *overrides, restarts=restarts),
+        command(out, ranks, *overrides, restarts=restarts, recipe=recipe),
         env=environment(**variables),
         capture_output=True,
         text=True,

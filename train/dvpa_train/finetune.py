@@ -17,6 +17,7 @@ from dvpa_train.config import Recipe, StageConfig
 from dvpa_train.initial import load_initial
 from dvpa_train.lora import add_adapters, merge, num_trained, restore_adapters, save_adapters
 from dvpa_train.parts import freeze
+from dvpa_train.starts import Start, sharded_start
 from dvpa_train.teacher import AdapterTeacher, FrozenTeacher, Teacher
 
 if TYPE_CHECKING:
@@ -68,7 +69,9 @@ class FineTuning:
             return None
         if self.adapted is not None:
             return AdapterTeacher(self.adapted, model)
-        return FrozenTeacher(self._load())
+        if self.recipe.strategy.kind == "fsdp2":
+            return FrozenTeacher(sharded_start(model.config, self.folder, self.recipe.seed))
+        return FrozenTeacher(Start(self._load()))
 
     def finish(self, model: DvpaForCausalLM, out: Path) -> DvpaForCausalLM:
         """An ordinary model; with LoRA the merged one, its adapter kept in `out/adapter`."""
@@ -79,9 +82,14 @@ class FineTuning:
         model, self.adapted = merge(self.adapted), None
         return model
 
-    def _load(self) -> DvpaForCausalLM:
+    @property
+    def folder(self) -> Path:
+        """The starting checkpoint's."""
         assert self.recipe.initial_checkpoint is not None
-        return load_initial(self.recipe.initial_checkpoint)
+        return Path(self.recipe.initial_checkpoint)
+
+    def _load(self) -> DvpaForCausalLM:
+        return load_initial(self.folder)
 
     def freeze(self, model: DvpaForCausalLM) -> DvpaForCausalLM:
         """Leave only what is to be trained, and say how much that is; the model."""

@@ -99,6 +99,8 @@ class TierModule(LightningModule):
             shard(self.model, self.strategy, self.among, self.origin)
         if self.strategy.kind == "deepspeed":
             keep_whole(self.model)
+        if self.teacher[0] is not None:
+            self.teacher[0].lay_out(self.strategy, self.among)
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         """Loss of this process's micro-batch; tiers by (seed, stage, step)."""
@@ -135,7 +137,6 @@ class TierModule(LightningModule):
         if teacher is None or not rows.paired:
             return None
         ids, tiers = rows.input_ids.chunk(2)[0], rows.tiers.chunk(2)[0]  # those at the top tier
-        self.training_flops += 2.0 * self.activated[-1] * int((tiers != NO_TIER).sum())
         return teacher.logits(ids, tiers)
 
     def loss(
@@ -228,6 +229,8 @@ class TierModule(LightningModule):
         sums = StepSums(self.among.sum(self._sums.values))
         self.latest = sums.means()
         per_tier = sums.tokens
+        if self.teacher[0] is not None:  # it has read one of the two rows of every example
+            self.training_flops += 2.0 * self.activated[-1] * sum(per_tier) / 2
         self.tokens_seen += int(sum(per_tier))
         # forward and backward: three times two FLOPs per activated parameter
         self.training_flops += sum(

@@ -70,10 +70,14 @@ def _check_strategy(recipe: "Recipe", path: Path, config: DvpaConfig) -> None:
             f"{where}.expert_parallel: {strategy.expert_parallel} must divide the "
             f"{config.group_size} experts of a group"
         )
-    alone = [name for name in ("lora",) if getattr(recipe, name) is not None]
-    alone += [f"stages.{s.name}.teacher: frozen" for s in recipe.stages if s.teacher == "frozen"]
-    if alone and strategy.kind != "single":
-        raise ValueError(f"{where}.kind: {alone[0]} needs single, not {strategy.kind}")
+    if recipe.lora is not None and strategy.kind not in ("single", "ddp"):
+        raise ValueError(f"{where}.kind: lora needs single or ddp, not {strategy.kind}")
+    for stage in recipe.stages:
+        if stage.teacher == "frozen" and strategy.kind == "deepspeed":
+            raise ValueError(
+                f"{where}.kind: stages.{stage.name}.teacher: frozen needs single, ddp or fsdp2, "
+                "not deepspeed"
+            )
     if strategy.kind == "ddp" and config.num_nextn_predict_layers:
         weights = recipe.mtp_weights()
         if 0 in weights:  # DDP waits for the gradients of what has not run

@@ -153,8 +153,8 @@ class Run:
         recipe, folder = self.recipe, None
         if index:
             folder = self.folder(index - 1) / "model"
-        elif recipe.initial_checkpoint is not None:
-            folder = Path(recipe.initial_checkpoint)
+        elif self.tuning is not None:
+            folder = self.tuning.folder
         start = sharded_start(self._config(index), folder, recipe.seed + index)
         if self.tuning is not None:
             self.tuning.freeze(start.model)
@@ -296,7 +296,8 @@ def finish_stage(
         shutil.rmtree(folder / "model", ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
     if tuning is not None and tuning.adapted is not None:
-        tuning.save(model, folder)
+        if among.is_first:
+            tuning.save(model, folder)
     else:
         write_model(model, folder / "model", among)
     if among.is_first:

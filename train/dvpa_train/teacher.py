@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 from dvpa.model import DvpaForCausalLM
+from dvpa_train.config import StrategyConfig
+from dvpa_train.processes import Processes
+from dvpa_train.sharding import shard
+from dvpa_train.starts import Start
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -18,15 +22,27 @@ if TYPE_CHECKING:
 class Teacher(Protocol):
     """Whose logits the lower rows of a step learn from."""
 
+    def lay_out(self, config: StrategyConfig, among: Processes) -> None:
+        """Take the place that the strategy gives it; once, on every process."""
+
     def logits(self, input_ids: Tensor, tiers: Tensor) -> Tensor:
         """Logits [N, S, vocab] of rows [N, S] at `tiers` [N, S], without gradient."""
 
 
 class FrozenTeacher:
-    """A second model beside the student: as much memory for weights again, no optimizer state."""
+    """A second model beside the student: as much memory for weights again, no optimizer state.
 
-    def __init__(self, model: DvpaForCausalLM) -> None:
-        self.model = model.eval().requires_grad_(False)
+    Args:
+        start: the model, whole; or to be sharded as the student is.
+    """
+
+    def __init__(self, start: Start) -> None:
+        self.model, self.origin = start.model.eval().requires_grad_(False), start.origin
+
+    def lay_out(self, config: StrategyConfig, among: Processes) -> None:
+        """See `Teacher`."""
+        if self.origin is not None:
+            shard(self.model, config, among, self.origin)
 
     def logits(self, input_ids: Tensor, tiers: Tensor) -> Tensor:
         """See `Teacher`; the model moves to where the rows are."""
@@ -42,6 +58,9 @@ class AdapterTeacher:
 
     def __init__(self, adapted: "PeftModel", student: DvpaForCausalLM) -> None:
         self.adapted, self.student = adapted, student
+
+    def lay_out(self, config: StrategyConfig, among: Processes) -> None:
+        """See `Teacher`; it lies where the student does."""
 
     def logits(self, input_ids: Tensor, tiers: Tensor) -> Tensor:
         """See `Teacher`; the student's mode is left as it was."""
