@@ -140,12 +140,12 @@ def _show(name: str, plan: "TrainingPlan", explain: str | None) -> None:
             f"{stage.days:.3g}",
         )
     out.print(table)
-    for line in plan.host_memory:
-        out.print(f"host memory, {line.name}: {line.value / 1e9:.3g} GB = {line.formula}")
     counts = "; ".join(f"{count} {reason}" for reason, count in plan.passed_over.items())
     out.print(f"other layouts: {counts or 'none'}")
     days = ", ".join(f"{ranks}: {d:.1f}" for ranks, d in plan.days_by_expert_parallel.items())
     out.print(f"days of the fastest layout by expert_parallel: {days}")
+    for line in plan.host_memory:
+        out.print(f"host memory, {line.name}: {line.value / 1e9:.3g} GB = {line.formula}")
     explained = max(plan.stages, key=lambda stage: stage.memory_bytes)
     for stage in plan.stages:
         explained = stage if stage.name == explain else explained

@@ -79,6 +79,9 @@ def test_expert_parallelism_on_two_processes(model: str, alone: Trained, tmp_pat
         pytest.param(2, "kind=deepspeed zero_stage=2", marks=NEEDS_DEEPSPEED),
         pytest.param(4, "kind=deepspeed zero_stage=2", marks=NEEDS_DEEPSPEED),
         pytest.param(2, "kind=deepspeed zero_stage=3", marks=NEEDS_DEEPSPEED),
+        pytest.param(2, "kind=deepspeed zero_stage=1 accumulate=2", marks=NEEDS_DEEPSPEED),
+        pytest.param(2, "kind=deepspeed zero_stage=2 accumulate=4", marks=NEEDS_DEEPSPEED),
+        pytest.param(2, "kind=deepspeed zero_stage=3 accumulate=2", marks=NEEDS_DEEPSPEED),
     ],
 )
 def test_every_strategy_takes_the_same_steps(
@@ -93,9 +96,12 @@ def test_every_strategy_takes_the_same_steps(
 @pytest.mark.parametrize(
     "options",
     [
-        "precision=bf16",
+        "kind=fsdp2 expert_parallel=2 precision=bf16",
+        pytest.param("kind=deepspeed zero_stage=1 precision=bf16", marks=NEEDS_DEEPSPEED),
+        pytest.param("kind=deepspeed zero_stage=2 precision=bf16", marks=NEEDS_DEEPSPEED),
+        pytest.param("kind=deepspeed zero_stage=3 precision=bf16", marks=NEEDS_DEEPSPEED),
         pytest.param(
-            "compile=true",
+            "kind=fsdp2 expert_parallel=2 compile=true",
             marks=pytest.mark.skipif(
                 "DVPA_COMPILE" not in os.environ,
                 reason="minutes of compiling: set DVPA_COMPILE to run it",
@@ -107,7 +113,7 @@ def test_what_changes_the_arithmetic_stays_near(
     options: str, model: str, alone: Trained, tmp_path: Path
 ) -> None:
     """bf16 products over fp32 weights; compiled layers."""
-    kind = ["strategy.kind=fsdp2", "strategy.expert_parallel=2", f"strategy.{options}"]
+    kind = [f"strategy.{option}" for option in options.split()]
     found = train(tmp_path / "run", 2, *LONG, model, *kind)
     assert found.losses == pytest.approx(alone.losses, rel=0.02)
     saved = load_file(found.model(2) / "model.safetensors")

@@ -3,21 +3,34 @@
 import gzip
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from dvpa.tasks import train_tokenizer
+from dvpa_train import prepare as prepare_module
 from dvpa_train.cli import main
-from dvpa_train.documents import expand, read_documents
+from dvpa_train.documents import Document, expand, read_documents
 from dvpa_train.prepare import PrepareOptions, prepare, verify
-from dvpa_train.token_shards import MANIFEST, TokenShardWriter, dtype_for, map_shard, read_manifest
+from dvpa_train.token_shards import (
+    MANIFEST,
+    Manifest,
+    TokenShardWriter,
+    dtype_for,
+    map_shard,
+    read_manifest,
+)
 from dvpa_train.tokenizer_files import load_tokenizer, tokenizer_hash
 
 LINES = [f"line {i} of a rather long play, spoken by nobody at all." for i in range(60)]
@@ -270,39 +283,129 @@ def test_workers_do_not_change_a_byte(tmp_path: Path, tokenizer_folder: Path) ->
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes(), name
 
 
-def test_kill_minus_nine_leaves_nothing_valid_and_a_rerun_starts_over(
-    tmp_path: Path, tokenizer_folder: Path
-) -> None:
-    source = _jsonl(tmp_path / "a.jsonl", LINES * 300)
-    out, whole = tmp_path / "out", tmp_path / "whole"
-    options = PrepareOptions(shard_tokens=2000)
-    program = (
-        "import sys, time\n"
-        "from dvpa_train import prepare\n"
-        "encode = prepare._encode\n"
-        "def slow(*args):\n    time.sleep(0.2)\n    return encode(*args)\n"
-        "prepare._encode = slow\n"
-        "from dvpa_train.cli import main\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    arguments = ["prepare", str(source), "--tokenizer", str(tokenizer_folder), "--out", str(out)]
+SLOWLY = """
+import sys, time
+from dvpa_train import prepare
+encode = prepare._encode
+def slow(*args):
+    time.sleep(0.2)
+    return encode(*args)
+prepare._encode = slow
+from dvpa_train.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path
+) -> tuple[list[str], Path]:
+    """Sources, and what is left of a run over them that was killed after its third shard."""
+    folder = tmp_path_factory.mktemp("killed")
+    # Some that the reader, and some that the tokenizer finds empty, before and after the kill.
+    texts = [text for line in LINES * 150 for text in (line, line, "", "\u200b")]
+    files = [str(_jsonl(folder / "a.jsonl", texts)), str(_jsonl(folder / "b.jsonl", LINES))]
+    arguments = ["--tokenizer", str(tokenizer_folder), "--out", str(folder / "out")]
     process = subprocess.Popen(
-        [sys.executable, "-c", program, *arguments, "--shard-tokens", "2000"], env=_environment()
+        [sys.executable, "-c", SLOWLY, "prepare", *files, *arguments, "--shard-tokens", "2000"],
+        env=_environment(),
     )
-    half = tmp_path / "out.incomplete"
+    half = folder / "out.incomplete"
     try:
         deadline = time.monotonic() + 120
-        while not (half / "shard-00002.bin").exists():
+        while not (half / "shard-00003.bin").exists():
             assert process.poll() is None, "it ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.01)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert not out.exists()
-    assert not (half / MANIFEST).exists()
+    return files, half
+
+
+OPTIONS = PrepareOptions(shard_tokens=2000)
+
+
+def _resume(
+    killed: tuple[list[str], Path],
+    tokenizer: Path,
+    folder: Path,
+    options: PrepareOptions = OPTIONS,
+    damage: str = "",
+) -> tuple[Manifest, str]:
+    """Prepare where a copy of the killed run lies: the manifest, and what was said."""
+    files, half = killed
+    shutil.copytree(half, folder / "out.incomplete")
+    if damage:
+        _damage(folder / "out.incomplete", damage, "flipped")
+    said = StringIO()
+    manifest = prepare(
+        files, tokenizer, folder / "out", options, console=Console(file=said, width=200)
+    )
+    assert not (folder / "out.incomplete").exists()
+    return manifest, said.getvalue()
+
+
+def test_kill_minus_nine_leaves_nothing_valid(killed: tuple[list[str], Path]) -> None:
+    _, half = killed
+    assert not half.with_suffix("").exists()
     with pytest.raises(FileNotFoundError, match="not a prepared folder"):
         read_manifest(half)
-    manifest = prepare([str(source)], tokenizer_folder, out, options)
-    assert not half.exists()
-    assert manifest.shards == prepare([str(source)], tokenizer_folder, whole, options).shards
+
+
+def test_a_rerun_keeps_whole_shards_and_changes_no_byte(
+    killed: tuple[list[str], Path],
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = prepare(killed[0], tokenizer_folder, tmp_path / "whole", OPTIONS)
+    tokenised = []
+    encode = prepare_module._encode
+
+    def counted(tokenizer: object, batch: list[Document]) -> list[list[int]]:
+        tokenised.extend(batch)
+        return encode(tokenizer, batch)
+
+    monkeypatch.setattr(prepare_module, "_encode", counted)
+    manifest, said = _resume(killed, tokenizer_folder, tmp_path)
+    assert re.search(r"resumed: \d+ shards", said)
+    assert manifest == expected
+    assert manifest.skipped["empty"] == 2 * len(LINES) * 150
+    kept = manifest.num_documents + len(LINES) * 150 - len(tokenised)
+    assert kept > 0
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "out").iterdir())
+    for name in names:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"options": PrepareOptions(shard_tokens=2000, eos=False)}, "another options than before"),
+        ({"damage": "shard-00001.bin"}, r"shard-00001\.bin: .*corrupt"),
+        ({"damage": "progress.json"}, "not resumed"),
+    ],
+)
+def test_what_does_not_fit_is_started_over_and_says_so(
+    change: dict[str, Any],
+    reason: str,
+    killed: tuple[list[str], Path],
+    tokenizer_folder: Path,
+    tmp_path: Path,
+) -> None:
+    manifest, said = _resume(killed, tokenizer_folder, tmp_path, **change)
+    assert re.search(f"not resumed: .*{reason}" if reason != "not resumed" else reason, said)
+    options = change.get("options", OPTIONS)
+    assert manifest == prepare(killed[0], tokenizer_folder, tmp_path / "whole", options)
+
+
+def test_a_changed_file_is_read_again_from_its_beginning(
+    killed: tuple[list[str], Path], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    files, half = killed
+    moved = [str(shutil.copy(file, tmp_path)) for file in files]  # same bytes, another path
+    manifest, said = _resume((moved, half), tokenizer_folder, tmp_path)
+    assert "not resumed: another files than before" in said
+    assert manifest.num_documents > 0

@@ -262,6 +262,9 @@ def test_the_table_explains_every_number(capsys: pytest.CaptureFixture[str]) -> 
     for word in ("layout: expert_parallel", "expert all-to-all", "waiting for weights", "MFU"):
         assert word in text
     assert "too large" in text and "does not divide a group's experts" in text
+    assert "host memory, start, each rank: 0.0336 GB" in text  # 4 B x 2 x 1024 x 4096
+    assert "checkpoint, each rank: 29.3 GB = a copy while it is written: 12 B x 156G" in text
+    assert "calibration, first rank: 624 GB = the whole model: 4 B x 156G" in text
     table = text[text.index("stage") : text.index("other layouts")]
     assert max(map(len, table.splitlines())) <= 80
 

@@ -278,10 +278,11 @@ def _split(plan: Mapping[str, TensorInfo], shard_bytes: int) -> list[list[str]]:
 
 
 @contextmanager
-def staged_folder(out: Path) -> Iterator[Path]:
+def staged_folder(out: Path, keep: bool = False) -> Iterator[Path]:
     """A folder to fill beside `out`, renamed to `out` at the end: `out` is absent or complete.
 
-    A killed run leaves `<out>.incomplete` behind, which the next one removes.
+    A killed run leaves `<out>.incomplete` behind, which the next one removes; with `keep`, so does
+    one that failed, and the next one finds it as it was left.
 
     Raises:
         ValueError: `out` holds files already, or `<out>.incomplete` is not one of ours.
@@ -293,8 +294,9 @@ def staged_folder(out: Path) -> Iterator[Path]:
     if staging.exists() or staging.is_symlink():
         if staging.is_symlink() or not (staging / INCOMPLETE_MARK).is_file():
             raise ValueError(f"{staging}: in the way, and not left by an earlier run of ours")
-        shutil.rmtree(staging)
-    staging.mkdir(parents=True)
+        if not keep:
+            shutil.rmtree(staging)
+    staging.mkdir(parents=True, exist_ok=keep)
     (staging / INCOMPLETE_MARK).touch()
     try:
         yield staging
@@ -303,7 +305,8 @@ def staged_folder(out: Path) -> Iterator[Path]:
         staging.replace(out)  # atomic, also over an empty folder
         _sync_folder(out.parent)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(staging, ignore_errors=True)
         raise
 
 

@@ -7,7 +7,7 @@ from dvpa.pricing import FP32_BYTES, price
 from dvpa_train.config import Recipe
 from dvpa_train.processes import Processes
 
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # File below a control group's folder, and where that folder is: cgroup v2, v1.
 LIMITS = {"": ("memory.max", ""), "memory": ("memory.limit_in_bytes", "memory")}
 
@@ -49,7 +49,7 @@ def host_bytes() -> int:
     """Memory of this machine, or of this process's control group if that is less."""
     least = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
-        groups = Path("/proc/self/cgroup").read_text().splitlines()
+        groups = OWN_GROUPS.read_text().splitlines()
     except OSError:  # not Linux
         return least
     for line in groups:

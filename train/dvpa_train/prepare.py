@@ -8,15 +8,17 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from dvpa.checkpoint.shards import staged_folder, write_json
 from dvpa_train.documents import Document, Unit, expand, read_documents
+from dvpa_train.prepare_progress import PROGRESS, Finished, find_finished
 from dvpa_train.token_shards import (
     MANIFEST,
     Manifest,
@@ -59,7 +61,8 @@ def prepare(
 ) -> Manifest:
     """Tokenise `files` (names or globs) into the new folder `out`: complete or absent.
 
-    A killed run leaves `<out>.incomplete`, which the next one removes before it starts over.
+    A run that breaks off leaves `<out>.incomplete`. The next one keeps its whole shards if files,
+    tokenizer and options are the same; it reads the documents in them again, but tokenises none.
 
     Args:
         workers: threads of the tokenizer. They start with its first use in a process, so a later
@@ -84,12 +87,26 @@ def prepare(
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     dtype = dtype_for(vocab_size)
     skipped: Counter[str] = Counter()
-    with staged_folder(out) as folder:
-        writer = TokenShardWriter(folder, dtype, options.shard_tokens)
+    facts = {
+        "files": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths],
+        "tokenizer": [tokenizer_hash(tokenizer_folder), tokenizers.__version__],
+        "options": [asdict(options), bos_id, eos_id],
+    }
+    with staged_folder(out, keep=True) as folder:
+        done = _resume(folder, facts, console)
+        skipped.update({"empty": done.emptied} if done.emptied else {})
+        writer = TokenShardWriter(folder, dtype, options.shard_tokens, done.shards)
+        documents, emptied = done.documents, done.emptied
         with _Bar(paths, console) as bar:
-            for batch in _batches(paths, options, bar, skipped):
-                for ids in _encode(tokenizer, batch, options.strict, skipped):
-                    writer.add([*_given(bos_id), *ids, *_given(eos_id)])
+            for batch in _batches(paths, options, bar, skipped, done.documents):
+                for document, ids in zip(batch, _encode(tokenizer, batch), strict=True):
+                    documents += 1
+                    if not ids:  # a normaliser may leave nothing
+                        _skip(document, "empty", options.strict, skipped)
+                        emptied += 1
+                        continue
+                    if writer.add([*_given(bos_id), *ids, *_given(eos_id)]):
+                        Finished(tuple(writer.shards), documents, emptied).save(folder, facts)
         writer.close()
         if not writer.shards:
             raise ValueError(f"no usable document in {len(paths)} files ({describe(skipped)})")
@@ -107,7 +124,17 @@ def prepare(
             options={"field": options.field, "unit": options.unit},
         )
         write_json(folder / MANIFEST, manifest.to_dict())
+        (folder / PROGRESS).unlink(missing_ok=True)
     return manifest
+
+
+def _resume(folder: Path, facts: dict[str, Any], console: Console | None) -> Finished:
+    done, problem = find_finished(folder, facts)
+    if console is not None and problem is not None:
+        console.print(f"not resumed: {problem}")
+    elif console is not None and done.shards:
+        console.print(f"resumed: {len(done.shards)} shards, {done.documents:,} documents")
+    return done
 
 
 def verify(folder: Path, console: Console | None = None) -> Manifest:
@@ -131,9 +158,16 @@ def describe(skipped: dict[str, int]) -> str:
 
 
 def _batches(
-    paths: Sequence[Path], options: PrepareOptions, bar: "_Bar", skipped: Counter[str]
+    paths: Sequence[Path],
+    options: PrepareOptions,
+    bar: "_Bar",
+    skipped: Counter[str],
+    done: int,
 ) -> Iterator[list[Document]]:
-    """Usable documents, as many as are tokenised at once; across files, so small ones share."""
+    """Usable documents, as many as are tokenised at once; across files, so small ones share.
+
+    Those that are `done` already, the first ones, are only read.
+    """
     batch: list[Document] = []
     characters = 0
     for path in paths:
@@ -141,6 +175,9 @@ def _batches(
         for document in read_documents(path, options.field, options.unit):
             if document.problem is not None:
                 _skip(document, document.problem, options.strict, skipped)
+                continue
+            if done:
+                done -= 1
                 continue
             batch.append(document)
             characters += len(document.text)
@@ -152,18 +189,11 @@ def _batches(
         yield batch
 
 
-def _encode(
-    tokenizer: Any, batch: list[Document], strict: bool, skipped: Counter[str]
-) -> Iterator[list[int]]:
+def _encode(tokenizer: Any, batch: list[Document]) -> list[list[int]]:
     encoded = tokenizer.backend_tokenizer.encode_batch_fast(
         [document.text for document in batch], add_special_tokens=False
     )
-    for document, encoding in zip(batch, encoded, strict=True):
-        ids = encoding.ids
-        if ids:
-            yield ids
-        else:  # a normaliser may leave nothing
-            _skip(document, "empty", strict, skipped)
+    return [encoding.ids for encoding in encoded]
 
 
 def _skip(document: Document, reason: str, strict: bool, skipped: Counter[str]) -> None:

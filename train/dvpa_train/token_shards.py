@@ -116,12 +116,7 @@ def verify_shard(folder: Path, manifest: Manifest, shard: Shard) -> None:
     Raises:
         ValueError: something differs from the manifest; the message names the file.
     """
-    for kind, expected in (("bin", shard.bin_sha256), ("idx", shard.idx_sha256)):
-        path = folder / f"{shard.name}.{kind}"
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != expected:
-            raise ValueError(f"{path}: sha256 {found[:16]}.. must be {expected[:16]}..: corrupt")
+    check_hashes(folder, shard)
     tokens, offsets = map_shard(folder, manifest, shard)
     if offsets[0] != 0 or offsets[-1] != len(tokens) or (np.diff(offsets) <= 0).any():
         raise ValueError(f"{folder / shard.name}.idx: offsets must rise from 0 to {len(tokens)}")
@@ -129,6 +124,21 @@ def verify_shard(folder: Path, manifest: Manifest, shard: Shard) -> None:
         raise ValueError(
             f"{folder / shard.name}.bin: id {tokens.max()} must be below {manifest.vocab_size}"
         )
+
+
+def check_hashes(folder: Path, shard: Shard) -> None:
+    """Read both files of a shard.
+
+    Raises:
+        FileNotFoundError: one is missing.
+        ValueError: one is not what was written; the message names it.
+    """
+    for kind, expected in (("bin", shard.bin_sha256), ("idx", shard.idx_sha256)):
+        path = folder / f"{shard.name}.{kind}"
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected:
+            raise ValueError(f"{path}: sha256 {found[:16]}.. must be {expected[:16]}..: corrupt")
 
 
 def map_shard(
@@ -155,17 +165,20 @@ def _check_size(path: Path, expected: int) -> None:
 class TokenShardWriter:
     """Writes documents into shards of at least `shard_tokens` tokens (the last may be smaller).
 
-    One document is in memory at a time. Call `close` at the end; `shards` is complete then.
+    One document is in memory at a time. Call `close` at the end; `shards` is complete then. It goes
+    on after the shards of an earlier run, `finished`.
     """
 
-    def __init__(self, folder: Path, dtype: str, shard_tokens: int) -> None:
+    def __init__(
+        self, folder: Path, dtype: str, shard_tokens: int, finished: Sequence[Shard] = ()
+    ) -> None:
         self.folder, self.dtype, self.shard_tokens = folder, DTYPES[dtype], shard_tokens
-        self.shards: list[Shard] = []
+        self.shards: list[Shard] = list(finished)
         self._open: list[_HashedFile] | None = None  # bin, idx
         self._tokens = self._documents = 0
 
-    def add(self, ids: Sequence[int] | npt.NDArray[Any]) -> None:
-        """Append one document of at least one token.
+    def add(self, ids: Sequence[int] | npt.NDArray[Any]) -> bool:
+        """Append one document of at least one token; whether that has completed a shard.
 
         Raises:
             ValueError: it is empty.
@@ -181,8 +194,10 @@ class TokenShardWriter:
         self._tokens += len(document)
         self._documents += 1
         self._add_offset(self._tokens)
-        if self._tokens >= self.shard_tokens:
+        is_full = self._tokens >= self.shard_tokens
+        if is_full:
             self.close()
+        return is_full
 
     def close(self) -> None:
         """Finish the open shard and wait until it is on the disk."""
