@@ -56,7 +56,7 @@ def test_a_run_is_refused_before_it_leaves_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host_memory, "host_bytes", lambda: 1000)
-    with pytest.raises(ValueError, match="which has 0.0 GB; use fsdp2"):
+    with pytest.raises(ValueError, match=r"which has 0\.0 GB; use fsdp2"):
         run_recipe(load_recipe("train/pico.yaml"), tmp_path / "run", Console(quiet=True))
     assert not (tmp_path / "run").exists()
 
@@ -96,7 +96,7 @@ def test_without_calibration_a_run_ends_with_its_stages_and_can_be_finished_late
     checkpoint = tmp_path / "run" / "checkpoint"
     model = DvpaForCausalLM.from_pretrained(checkpoint)
     assert model.difficulty_head is None and not model.tier_map.is_fitted
-    assert model(torch.arange(3, 9)[None]).tiers.tolist() == [model.tier_map.fallback_tier]
+    assert model(torch.arange(3, 9)[None]).tiers.tolist() == [model.tier_map.default_tier]
     assert len(AutoTokenizer.from_pretrained(checkpoint)) == model.config.vocab_size
     stage = tmp_path / "run" / "training_state" / "2-joint" / "model"
     assert (checkpoint / "model.safetensors").samefile(stage / "model.safetensors")

@@ -287,9 +287,9 @@ SLOWLY = """
 import sys, time
 from dvpa_train import prepare
 encode = prepare._encode
-def slow(*args):
+def slow(tokenizer, batch):
     time.sleep(0.2)
-    return encode(*args)
+    return [[] if d.text == "nothing" else ids for d, ids in zip(batch, encode(tokenizer, batch))]
 prepare._encode = slow
 from dvpa_train.cli import main
 sys.exit(main(sys.argv[1:]))
@@ -303,7 +303,7 @@ def killed(
     """Sources, and what is left of a run over them that was killed after its third shard."""
     folder = tmp_path_factory.mktemp("killed")
     # Some that the reader, and some that the tokenizer finds empty, before and after the kill.
-    texts = [text for line in LINES * 150 for text in (line, line, "", "\u200b")]
+    texts = [text for line in LINES * 150 for text in (line, line, "", "nothing")]
     files = [str(_jsonl(folder / "a.jsonl", texts)), str(_jsonl(folder / "b.jsonl", LINES))]
     arguments = ["--tokenizer", str(tokenizer_folder), "--out", str(folder / "out")]
     process = subprocess.Popen(
@@ -359,15 +359,17 @@ def test_a_rerun_keeps_whole_shards_and_changes_no_byte(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    expected = prepare(killed[0], tokenizer_folder, tmp_path / "whole", OPTIONS)
     tokenised = []
     encode = prepare_module._encode
 
     def counted(tokenizer: object, batch: list[Document]) -> list[list[int]]:
         tokenised.extend(batch)
-        return encode(tokenizer, batch)
+        pairs = zip(batch, encode(tokenizer, batch), strict=True)
+        return [[] if document.text == "nothing" else ids for document, ids in pairs]
 
     monkeypatch.setattr(prepare_module, "_encode", counted)
+    expected = prepare(killed[0], tokenizer_folder, tmp_path / "whole", OPTIONS)
+    tokenised.clear()
     manifest, said = _resume(killed, tokenizer_folder, tmp_path)
     assert re.search(r"resumed: \d+ shards", said)
     assert manifest == expected
