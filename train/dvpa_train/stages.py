@@ -174,6 +174,8 @@ class Run:
         found, passed_over = find_latest(folder, facts, among)
         for problem in passed_over:
             self.console.print(f"{stage.name}: not resumed from {problem}")
+        if found is not None:
+            self.console.print(f"{stage.name:<13} resumed from step {found.step}")
         teacher = None
         if self.tuning is not None:
             stage, teacher = self.tuning.stage(stage), self.tuning.teacher(stage, model)
@@ -242,7 +244,7 @@ class Run:
     def _loggers(self) -> list[Any]:
         if not self.among.is_first:
             return []
-        loggers: list[Any] = [CSVLogger(self.out, name="logs")]
+        loggers: list[Any] = [CSVLogger(self.out, name="logs", flush_logs_every_n_steps=1)]
         mode = os.environ.get("WANDB_MODE", self.recipe.wandb_mode)
         if mode != "disabled":
             os.environ.setdefault("WANDB_SILENT", "true")  # its banner would tear the progress line
