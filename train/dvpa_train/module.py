@@ -28,7 +28,7 @@ from dvpa_train.losses import (
     mtp_targets,
     token_nll,
 )
-from dvpa_train.processes import Processes
+from dvpa_train.processes import Processes, limit_waits
 from dvpa_train.sharding import clip_gradients, shard
 from dvpa_train.teacher import Teacher
 from dvpa_train.zero import keep_whole
@@ -96,6 +96,10 @@ class TierModule(LightningModule):
             shard(self.model, self.strategy, self.among)
         if self.strategy.kind == "deepspeed":
             keep_whole(self.model)
+
+    def on_train_start(self) -> None:
+        """All process groups of the strategy exist now."""
+        limit_waits(self.strategy.timeout_s)
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         """Loss of this process's micro-batch; tiers by (seed, stage, step)."""

@@ -103,6 +103,16 @@ def processes(config: StrategyConfig) -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
+def limit_waits(timeout_s: float) -> None:
+    """Let the collectives of every process group of this process end after `timeout_s`.
+
+    Groups that PyTorch and DeepSpeed make for themselves, such as a device mesh's, have 30 minutes.
+    """
+    if dist.is_initialized():
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+
 def check_size(config: StrategyConfig, size: int) -> None:
     """ValueError for a number of processes that the strategy cannot use."""
     if config.kind == "single" and size > 1:

@@ -192,7 +192,12 @@ class Run:
             teacher,
         )
         checkpoints = Checkpoints(
-            folder, recipe.checkpoint_every, recipe.keep_checkpoints, self.facts, among
+            folder,
+            recipe.checkpoint_every,
+            recipe.keep_checkpoints,
+            self.facts,
+            among,
+            strategy.timeout_s,
         )
         trainer = Trainer(
             max_steps=stage.steps,
