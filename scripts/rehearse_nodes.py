@@ -1,13 +1,13 @@
 """The multi-node rehearsal: train on two nodes, lose one, get it back; is the run still the same?
 
-    sudo .venv/bin/python scripts/rehearse_nodes.py [--event cut|kill] [--node 0|1] [--strategy fsdp2]
+    sudo .venv/bin/python scripts/rehearse_nodes.py [--event cut|kill] [--node 0|1] [...]
 
 Two network namespaces stand for the nodes, one process on each, started by
 scripts/launch_torchrun.sh as on a cluster; they share a run folder, as on a cluster. A first run is
-left alone. In the second, in the middle of a stage, either the link of one node is cut for a while
-(`cut`), or everything on it is killed with SIGKILL and its launcher started again (`kill`). A
-launcher that ends with an error is started again, as a scheduler would. Node 0 keeps the store in
-which the launchers meet.
+left alone. In the second, in the middle of a stage, either the link of one node is cut until the
+other has noticed (`cut`), or everything on it is killed with SIGKILL and its launcher started again
+(`kill`). A launcher that ends with an error is started again, as a scheduler would. Node 0 keeps
+the store in which the launchers meet.
 
 Then every step's loss and gradient norm, the weights and the outcomes of both runs must be the same
 bit for bit. Exit code 0: they are; 1: they are not, or the run was not finished.
@@ -30,6 +30,7 @@ from two_nodes import ADDRESSES, INTERFACE, TwoNodes, two_nodes
 ROOT = Path(__file__).resolve().parent.parent
 PORT = 29400
 NOTICED = "failed (exitcode"  # torchrun's launcher, of a trainer
+LOST_STORE = "RendezvousConnectionError"  # the launcher itself
 POLL_S = 0.02
 COMPARED = ("loss", "gradient_norm")  # of a step
 
@@ -40,15 +41,16 @@ class Plan:
 
     Args:
         at: STAGE/STEP that has been taken when it happens.
-        away_s: seconds until the link is up, or the launcher started, again.
+        away_s: seconds until the link is up, or the launcher started, again; at least until the
+            other node's launcher has noticed.
         timeout_s: the recipe's `strategy.timeout_s`.
         outage_s: OUTAGE of scripts/launch_torchrun.sh.
     """
 
     event: str = "cut"
     node: int = 1
-    at: str = "joint/6"
-    away_s: float = 20.0
+    at: str = "joint/8"
+    away_s: float = 0.0
     recipe: str = "train/pico.yaml"
     strategy: str = "ddp"
     timeout_s: float = 10.0
@@ -94,10 +96,12 @@ def run(nodes: TwoNodes, plan: Plan, folder: Path, eventful: bool) -> Finished:
         if eventful and happened is None and is_taken(folder / "run", plan.at):
             happened = now
             nodes.cut(plan.node) if plan.event == "cut" else nodes.kill(plan.node)
-        if happened is not None and back is None and now - happened >= plan.away_s:
-            back = now - happened
-            if plan.event == "cut":
-                nodes.join(plan.node)
+        if happened is not None and back is None:
+            noticed = 1 - plan.node in noticing(nodes, happened)
+            if noticed and now - happened >= plan.away_s:
+                back = now - happened
+                if plan.event == "cut":
+                    nodes.join(plan.node)
         codes = [nodes.exit_code(node) for node in (0, 1)]
         if codes == [0, 0]:
             break
@@ -113,14 +117,22 @@ def run(nodes: TwoNodes, plan: Plan, folder: Path, eventful: bool) -> Finished:
         raise RuntimeError(f"{folder}: the run was over before {plan.at} was seen")
     steps, taken = logged(folder / "run")
     found = Finished(time.monotonic() - began, steps, taken, hashes(folder / "run"))
-    found.relaunched, found.back = relaunched, back
-    for line in nodes.lines if happened is not None else ():
-        since = line.time - happened
-        if since > 0 and NOTICED in line.text:
-            found.noticed.setdefault(line.node, since)
-        stage, is_resumed, step = line.text.partition(" resumed from step ")
-        if is_resumed:
-            found.resumed.append((since, stage.strip(), int(step)))
+    if happened is not None:
+        found.relaunched, found.back = relaunched, back
+        found.noticed = noticing(nodes, happened)
+        for line in nodes.lines:
+            stage, is_resumed, step = line.text.partition(" resumed from step ")
+            if is_resumed:
+                found.resumed.append((line.time - happened, stage.strip(), int(step)))
+    return found
+
+
+def noticing(nodes: TwoNodes, happened: float) -> dict[int, float]:
+    """By node: when its launcher first told of a lost trainer, or of the lost store."""
+    found: dict[int, float] = {}
+    for line in list(nodes.lines):
+        if line.time > happened and (NOTICED in line.text or LOST_STORE in line.text):
+            found.setdefault(line.node, line.time - happened)
     return found
 
 
@@ -208,8 +220,9 @@ def report(plan: Plan, reference: Finished, found: Finished) -> str:
         *([f"{found.back:7.1f} s  node {plan.node} {again}"] if found.back is not None else []),
         *(f"{s:7.1f} s  node {n}'s launcher started again" for s, n in found.relaunched),
         *(f"{s:7.1f} s  {stage} resumed from step {step}" for s, stage, step in found.resumed),
-        f"finished after {found.seconds:.1f} s, {found.seconds - reference.seconds:.1f} s more than "
-        "the run that was left alone",
+        *([] if found.resumed else ["no checkpoint of the stage was whole: it began again"]),
+        f"finished after {found.seconds:.1f} s, "
+        f"{found.seconds - reference.seconds:.1f} s more than the run that was left alone",
         f"{len(reference.steps)} steps and {len(reference.files)} files compared, "
         f"{found.taken - len(found.steps)} steps taken twice",
     ]

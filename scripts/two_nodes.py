@@ -1,7 +1,7 @@
 """Two network namespaces on this machine, joined by one link: nodes that can be lost and found.
 
-Needs root and iproute2. Nothing of it is seen outside: both ends of the link are made inside, and no
-route leads out. A node's processes are the ones in its namespace, which is how all of them are
+Needs root and iproute2. Nothing of it is seen outside: both ends of the link are made inside, and
+no route leads out. A node's processes are the ones in its namespace, which is how all of them are
 found, killed, and never left behind.
 """
 
