@@ -14,8 +14,9 @@
 # Two minutes before the limit SLURM sends USR1 to this script, which passes it on to every trainer (they
 # save) and requeues the job; the next start resumes from the last checkpoint. Cancelling does not requeue.
 #
-# NCCL, to be set for your cluster before sbatch if the default is wrong:
-#   NCCL_SOCKET_IFNAME=eth0     the interface of the rendezvous, where there are several
+# Gloo and NCCL, to be set for your cluster before sbatch if the default is wrong:
+#   GLOO_SOCKET_IFNAME=eth0     the interface of checkpoints and small messages, where there are several
+#   NCCL_SOCKET_IFNAME=eth0     the same for NCCL's rendezvous
 #   NCCL_IB_HCA=mlx5            the adapters to use
 #   NCCL_DEBUG=WARN             INFO to see which ones it chose
 set -uo pipefail
@@ -24,7 +25,9 @@ if [ $# -lt 1 ]; then echo "usage: sbatch scripts/launch_slurm.sh RECIPE.yaml [.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # A collective that waits for a dead rank ends with an error instead of for ever.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# The first by name, as torchrun orders them: its rank 0 works on alone at the end, and the launcher that
+# keeps the store must not leave before it.
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | LC_ALL=C sort | head -n 1)
 export NODES=$SLURM_JOB_NUM_NODES RANKS=${RANKS:-${SLURM_GPUS_ON_NODE:-8}}
 export ENDPOINT="$head:${PORT:-29400}" JOB="dvpa-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
 here=${DVPA_HOME:-$SLURM_SUBMIT_DIR}
@@ -38,7 +41,10 @@ save_and_requeue() {
 }
 trap save_and_requeue USR1
 
-srun --kill-on-bad-exit=1 bash "$here/scripts/launch_torchrun.sh" "$@" &
+# Single quotes: every node says its own name.
+# shellcheck disable=SC2016
+srun --kill-on-bad-exit=1 bash -c 'ADDRESS=$SLURMD_NODENAME exec bash "$@"' launch \
+    "$here/scripts/launch_torchrun.sh" "$@" &
 trainer=$!
 wait "$trainer"
 status=$?

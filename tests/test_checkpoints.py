@@ -34,7 +34,7 @@ def sealed(stage: Path, step: int) -> Path:
         path = folder / f"__{rank}_0.distcp"
         path.write_bytes(bytes([rank, step]) * 100)
         (folder / SEAL.format(rank)).write_text(json.dumps(describe(folder, [path])))
-    seal(folder, {"step": step, **FACTS}, 2)
+    seal(folder, {"step": step, **FACTS}, 2, timeout_s=10.0)
     return folder
 
 
@@ -80,7 +80,7 @@ def test_a_process_that_never_writes_is_named(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / SEAL.format(0)).write_text("{}")
     with pytest.raises(TimeoutError, match="seal-1"):
-        seal(folder, {}, 2, patience_s=0.05)
+        seal(folder, {}, 2, timeout_s=0.05)
     assert not (folder / MANIFEST).exists()
 
 

@@ -44,13 +44,20 @@ class Checkpoints(Callback):
     Args:
         folder: of the stage.
         facts: goes into the manifest; a run that resumes must give the same, see `find_latest`.
+        timeout_s: of the wait for what the other processes have written.
     """
 
     def __init__(
-        self, folder: Path, every: int, keep: int, facts: dict[str, Any], among: Processes
+        self,
+        folder: Path,
+        every: int,
+        keep: int,
+        facts: dict[str, Any],
+        among: Processes,
+        timeout_s: float,
     ) -> None:
         self.folder, self.every, self.keep = folder / "checkpoints", every, keep
-        self.facts, self.among = facts, among
+        self.facts, self.among, self.timeout_s = facts, among, timeout_s
         self._sealing: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -112,21 +119,21 @@ class Checkpoints(Callback):
             if not self.among.is_first:
                 return
             facts = {"step": step, "processes": size, **self.facts}
-            seal(folder, facts, size)
+            seal(folder, facts, size, self.timeout_s)
             for old in _folders(self.folder)[: -self.keep]:
                 shutil.rmtree(old, ignore_errors=True)
         except BaseException as error:
             self._failure = error
 
 
-def seal(folder: Path, facts: dict[str, Any], num_seals: int, patience_s: float = 600.0) -> None:
+def seal(folder: Path, facts: dict[str, Any], num_seals: int, timeout_s: float) -> None:
     """Write the manifest once every process has said what it wrote.
 
     Raises:
         TimeoutError: a process has not.
     """
     seals = [folder / SEAL.format(rank) for rank in range(num_seals)]
-    deadline = time.monotonic() + patience_s
+    deadline = time.monotonic() + timeout_s
     while not all(path.is_file() for path in seals):
         if time.monotonic() > deadline:
             missing = [path.name for path in seals if not path.is_file()]

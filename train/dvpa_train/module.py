@@ -29,7 +29,7 @@ from dvpa_train.losses import (
     token_nll,
 )
 from dvpa_train.origins import Origin
-from dvpa_train.processes import Processes
+from dvpa_train.processes import Processes, limit_waits
 from dvpa_train.sharding import clip_gradients, shard
 from dvpa_train.teacher import Teacher
 from dvpa_train.zero import keep_whole
@@ -101,6 +101,10 @@ class TierModule(LightningModule):
             keep_whole(self.model)
         if self.teacher[0] is not None:
             self.teacher[0].lay_out(self.strategy, self.among)
+
+    def on_train_start(self) -> None:
+        """All process groups of the strategy exist now."""
+        limit_waits(self.strategy.timeout_s)
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         """Loss of this process's micro-batch; tiers by (seed, stage, step)."""

@@ -2,6 +2,12 @@
 
 Started by torchrun, or a single process. Every wait has an end: a collective that a lost process
 never joins fails after `strategy.timeout_s`, and the launcher starts all of them again.
+
+Where they meet must be new with every start, or the addresses of a start that was killed are found
+there. On one node torchrun keeps one store for all starts, and its restart count tells them apart.
+On several nodes each launcher counts for itself, so that no count is common to all; there every
+start needs a store of its own (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1), whose address torchrun tells
+all nodes of one rendezvous.
 """
 
 import os
@@ -57,7 +63,8 @@ def processes(config: StrategyConfig) -> Iterator[Processes]:
     """Join the run's processes; left orderly, so that exit codes mean something.
 
     Raises:
-        ValueError: the launcher's number of processes does not fit the strategy.
+        ValueError: the launcher's number of processes does not fit the strategy, or several nodes
+            would meet in a store that outlives a start.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size > 1 and not is_launched():  # they would write over each other
@@ -69,8 +76,12 @@ def processes(config: StrategyConfig) -> Iterator[Processes]:
     timeout = timedelta(seconds=config.timeout_s)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # The launcher's store outlives its processes: addresses of a start that was killed are
-        # still in it, and the next one would wait for them.
+        if int(os.environ["GROUP_WORLD_SIZE"]) > 1:
+            raise ValueError(
+                "several nodes: a node that was lost could not come back; start them with "
+                "scripts/launch_torchrun.sh, or set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for "
+                "torchrun --rdzv-backend c10d"
+            )
         store = dist.TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
         )
@@ -90,6 +101,16 @@ def processes(config: StrategyConfig) -> Iterator[Processes]:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def limit_waits(timeout_s: float) -> None:
+    """Let the collectives of every process group of this process end after `timeout_s`.
+
+    Groups that PyTorch and DeepSpeed make for themselves, such as a device mesh's, have 30 minutes.
+    """
+    if dist.is_initialized():
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 def check_size(config: StrategyConfig, size: int) -> None:

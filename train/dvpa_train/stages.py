@@ -200,6 +200,8 @@ class Run:
         found, passed_over = find_latest(folder, facts, among)
         for problem in passed_over:
             self.console.print(f"{stage.name}: not resumed from {problem}")
+        if found is not None:
+            self.console.print(f"{stage.name:<13} resumed from step {found.step}")
         teacher = None
         if self.tuning is not None:
             stage, teacher = self.tuning.stage(stage), self.tuning.teacher(stage, start.model)
@@ -217,7 +219,12 @@ class Run:
             Resumed() if found and start.origin else start.origin,
         )
         checkpoints = Checkpoints(
-            folder, recipe.checkpoint_every, recipe.keep_checkpoints, self.facts, among
+            folder,
+            recipe.checkpoint_every,
+            recipe.keep_checkpoints,
+            self.facts,
+            among,
+            strategy.timeout_s,
         )
         trainer = Trainer(
             max_steps=stage.steps,
@@ -269,7 +276,7 @@ class Run:
     def _loggers(self) -> list[Any]:
         if not self.among.is_first:
             return []
-        loggers: list[Any] = [CSVLogger(self.out, name="logs")]
+        loggers: list[Any] = [CSVLogger(self.out, name="logs", flush_logs_every_n_steps=1)]
         mode = os.environ.get("WANDB_MODE", self.recipe.wandb_mode)
         if mode != "disabled":
             os.environ.setdefault("WANDB_SILENT", "true")  # its banner would tear the progress line

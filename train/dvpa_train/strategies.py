@@ -42,6 +42,7 @@ class _Distributed:
     lightning_restore_optimizer = False
     lightning_module: Any
     optimizers: Any
+    _timeout: timedelta | None = None  # Lightning's, of its process group
     _group: Any = None
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -65,7 +66,7 @@ class _Distributed:
         folder, no_dist = Path(filepath), not dist.is_initialized()
         if not no_dist and self._group is None:
             # Its own, or its collectives would meet the training's in another order.
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
         if no_dist or dist.get_rank() == 0:
             rest = {k: v for k, v in checkpoint.items() if k not in ("state_dict",)}
             torch.save(rest, folder / LOOPS)

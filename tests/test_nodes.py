@@ -1,0 +1,150 @@
+"""Two nodes on one machine, one of them lost and found again: the run is the same.
+
+Needs root, for network namespaces; see scripts/rehearse_nodes.py.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from train_world import environment
+
+from dvpa_train.config import StrategyConfig
+from dvpa_train.processes import processes
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
+rehearse_nodes = import_module("rehearse_nodes")
+two_nodes = import_module("two_nodes")
+
+# pico with fewer questions to score; every stage is there.
+SETTINGS = ("difficulty.items=30", "difficulty.steps=2", "calibration.items=30")
+# A checkpoint is whole before the next is begun: at step 7 there is one.
+SETTINGS += ("checkpoint_every=3",)
+AT, CHECKPOINTS = "joint/7", (3, 6, 9)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Any]:
+    reason = two_nodes.why_not()
+    if reason:
+        pytest.skip(f"no two nodes on this machine: {reason}")
+    with two_nodes.two_nodes() as made:
+        yield made
+    left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+    assert not any(name in left for name in made.names)
+
+
+@pytest.fixture(scope="module")
+def unbroken(nodes: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A run on both nodes that nothing happens to."""
+    plan = rehearse_nodes.Plan(settings=SETTINGS)
+    folder = tmp_path_factory.mktemp("unbroken")
+    return rehearse_nodes.run(nodes, plan, folder, eventful=False)
+
+
+def rehearse(nodes: Any, unbroken: Any, folder: Path, **plan: Any) -> Any:
+    planned = rehearse_nodes.Plan(settings=SETTINGS, at=AT, **plan)
+    found = rehearse_nodes.run(nodes, planned, folder, eventful=True)
+    print(rehearse_nodes.report(planned, unbroken, found))
+    assert len(unbroken.steps) == 30 and unbroken.files.keys() >= {"checkpoint/model.safetensors"}
+    assert rehearse_nodes.differences(unbroken, found) == []
+    assert found.resumed and found.resumed[0][1] == "joint"
+    assert found.resumed[0][2] in CHECKPOINTS
+    return found
+
+
+def test_a_comparison_finds_one_bit_one_step_and_one_file() -> None:
+    steps = {("joint", 0): ("0.1", "1.0"), ("joint", 1): ("0.2", "1.0")}
+    files = {"outcomes/test.jsonl": "a", "checkpoint/model.safetensors": "b"}
+    one = rehearse_nodes.Finished(1.0, steps, 2, files)
+    assert rehearse_nodes.differences(one, one) == []
+    turned = steps | {("joint", 1): ("0.20000000000000004", "1.0")}
+    (bit,) = rehearse_nodes.differences(one, rehearse_nodes.Finished(1.0, turned, 2, files))
+    assert bit.startswith("joint step 1: 0.20000000000000004")
+    step = {("joint", 0): steps["joint", 0]}
+    assert len(rehearse_nodes.differences(one, rehearse_nodes.Finished(1.0, step, 1, files))) == 1
+    file = {"outcomes/test.jsonl": "a"}
+    other = rehearse_nodes.Finished(1.0, steps, 2, file)
+    assert rehearse_nodes.differences(one, other) == ["checkpoint/model.safetensors"]
+
+
+def test_a_step_counts_as_it_was_taken_last(tmp_path: Path) -> None:
+    for version, rows in ((2, "grow/loss,grow/gradient_norm,step\n1,2,12\n3,4,13\n"), (10, "")):
+        folder = tmp_path / "logs" / f"version_{version}"
+        folder.mkdir(parents=True)
+        rows = rows or "grow/loss,grow/gradient_norm,joint/loss,joint/gradient_norm,step\n"
+        rows += "5,6,,,13\n,,7,8,18\n" if version == 10 else ""
+        (folder / "metrics.csv").write_text(rows)
+    steps, taken = rehearse_nodes.logged(tmp_path)
+    assert taken == 4
+    assert steps == {("grow", 12): ("1", "2"), ("grow", 13): ("5", "6"), ("joint", 18): ("7", "8")}
+    assert rehearse_nodes.is_taken(tmp_path, "grow/2")
+    assert not rehearse_nodes.is_taken(tmp_path, "grow/3")
+
+
+def test_several_nodes_are_refused_a_store_that_outlives_a_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launcher = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in (launcher | {"WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(ValueError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
+        processes(StrategyConfig(kind="ddp")),
+    ):
+        pass
+
+
+GROUP_OF_A_MESH = """
+import os, time, torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from dvpa_train.config import StrategyConfig
+from dvpa_train.processes import limit_waits, processes
+
+with processes(StrategyConfig(kind="ddp", timeout_s=60)) as among:
+    group = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")).get_group("b")
+    dist.all_reduce(torch.ones(1), group=group)
+    among.barrier()
+    limit_waits(4)
+    if among.rank % 2:
+        time.sleep(120)  # lost, to the other process of the group
+    try:
+        dist.all_reduce(torch.ones(1), group=group)
+    except RuntimeError as error:
+        print(f"rank {among.rank}: {error}", flush=True)
+        os._exit(1)
+"""
+
+
+@pytest.mark.slow
+def test_waits_in_the_groups_of_a_device_mesh_end(tmp_path: Path) -> None:
+    script = tmp_path / "mesh.py"
+    script.write_text(GROUP_OF_A_MESH)
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4",
+            "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(script),
+        ],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )  # fmt: skip
+    assert "Timed out waiting 4000ms" in done.stdout, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_a_node_is_cut_off_and_comes_back(nodes: Any, unbroken: Any, tmp_path: Path) -> None:
+    found = rehearse(nodes, unbroken, tmp_path, event="cut")
+    assert found.noticed.keys() == {0, 1}, "neither waits for ever"
+    assert found.relaunched == [], "the launchers meet again by themselves"
+
+
+@pytest.mark.slow
+def test_a_node_is_killed_and_started_again(nodes: Any, unbroken: Any, tmp_path: Path) -> None:
+    found = rehearse(nodes, unbroken, tmp_path, event="kill")
+    assert [node for _, node in found.relaunched] == [1], "the other launcher waits for it"
