@@ -72,10 +72,13 @@ def load_png(load: IntArray, config: DvpaConfig, title: str) -> bytes:
     )
     for column, axes in enumerate(grid.flat):
         part = slice(column * of_column, (column + 1) * of_column)
-        _draw(axes, relative[part], layers[part], config, scale)
         axes.set_ylim(of_column * (config.num_tiers + 1) - 0.5, -0.5)
+        _draw(axes, relative[part], layers[part], config, scale)
     figure.suptitle(f"experts' load, {title}", fontsize=10.5, color=LIGHT.text)
-    bar = figure.colorbar(scale, ax=grid, aspect=12, extend="max", ticks=[0, 0.5, 1, 2, FULL])
+    bar = figure.colorbar(
+        scale, ax=grid, extend="max", ticks=[0, 0.5, 1, 2, FULL],
+        fraction=0.04, aspect=10, shrink=min(1.0, 1.6 / height), anchor=(0.0, 0.9),
+    )  # fmt: skip
     bar.set_label("load / mean of pool", fontsize=8, color=LIGHT.text)
     bar.ax.tick_params(labelsize=8, colors=LIGHT.text)
     buffer = io.BytesIO()
@@ -93,7 +96,9 @@ def _draw(
     lines = lines.reshape(-1, experts)
     colours = scale.to_rgba(np.ma.masked_invalid(lines))
     colours[:: tiers + 1] = to_rgba(LIGHT.background)
+    whole = axes.get_ylim()  # of the longer column
     axes.imshow(colours, aspect="auto", interpolation="nearest")
+    axes.set_ylim(whole)
     dead_line, dead_expert = np.nonzero(lines == 0)
     axes.plot(dead_expert, dead_line, "x", color=LIGHT.background, markersize=4)
     tops = np.arange(len(layers)) * (tiers + 1) + 0.5
@@ -102,9 +107,7 @@ def _draw(
         axes.vlines([border] * len(tops), tops, tops + tiers, color=LIGHT.text, linewidth=0.8)
     for layer, top in zip(layers, tops, strict=True):
         axes.text(-0.5, top - 0.15, f"layer {layer}", fontsize=8, color=LIGHT.text)
-        axes.text(
-            experts - 0.5, top - 0.15, "MaxVio", fontsize=7.5, ha="right", color=LIGHT.muted
-        )
+        axes.text(experts - 0.5, top - 0.15, "MaxVio", fontsize=7.5, ha="right", color=LIGHT.muted)
     places = [place for place in range(len(lines)) if place % (tiers + 1)]
     axes.set_yticks(places, config.tier_names * len(layers), fontsize=8)
     middles = [group * size + (size - 1) / 2 for group in range(config.n_group)]
@@ -112,7 +115,7 @@ def _draw(
     axes.set_xlabel("group", fontsize=8, color=LIGHT.muted, labelpad=1)
     right = axes.twinx()
     right.set_yticks(places, [_max_violation(lines[place]) for place in places], fontsize=8)
-    right.set_ylim(len(lines) - 0.5, -0.5)
+    right.set_ylim(whole)
     for each in (axes, right):
         each.tick_params(length=0, colors=LIGHT.text)
         each.spines[:].set_visible(False)

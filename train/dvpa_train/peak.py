@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from dvpa.plan.machine import MACHINES
+from dvpa.plan.machine import MACHINES, Machine
 from dvpa_train.processes import Processes
 
 # SXM boards only: PCIe and NVL boards of the same name are slower.
@@ -22,6 +22,8 @@ DATA_SHEETS = {
 }
 MEASURE_SECONDS = 0.2
 
+Precision = Literal["fp32", "bf16"]
+
 
 @dataclass(frozen=True)
 class Peak:
@@ -31,22 +33,28 @@ class Peak:
     source: str
 
 
-def find_peak(precision: Literal["fp32", "bf16"], among: Processes) -> Peak:
+def find_peak(precision: Precision, among: Processes) -> Peak:
     """The peak of the run's processes; each of them must call it, for they measure together."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    machine = DATA_SHEETS.get(gpu) if gpu is not None and precision == "bf16" else None
+    has_gpu = torch.cuda.is_available()
+    machine = data_sheet(torch.cuda.get_device_name(), precision) if has_gpu else None
     if machine is not None:
-        own, source = MACHINES[machine].peak_flops, f"the data sheet of {machine}"
+        own, source = machine.peak_flops, f"the data sheet of {machine.name}"
     else:
         among.barrier()  # processes that share a machine slow each other down
-        size = 1024 if gpu is None else 8192
-        own = measure_peak(size, precision, torch.device("cpu" if gpu is None else "cuda"))
-        source = f"a {size} x {size} product in {precision}, measured"
+        device, size = ("cuda", 8192) if has_gpu else ("cpu", 1024)
+        own = measure_peak(size, precision, torch.device(device))
+        source = f"measured: a {size} x {size} product in {precision}"
     total = float(among.sum(torch.tensor([own], dtype=torch.float64)))
     return Peak(total, source)
 
 
-def measure_peak(size: int, precision: Literal["fp32", "bf16"], device: torch.device) -> float:
+def data_sheet(gpu: str, precision: Precision) -> Machine | None:
+    """What is known of a GPU by the name its driver gives it; its peak is that of bf16 products."""
+    name = DATA_SHEETS.get(gpu)
+    return MACHINES[name] if name is not None and precision == "bf16" else None
+
+
+def measure_peak(size: int, precision: Precision, device: torch.device) -> float:
     """FLOP/s of the fastest of several square products."""
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     own = torch.Generator().manual_seed(0)  # the run's own numbers must not depend on its log
