@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dvpa.config import load_model_config
 from dvpa.model import DvpaForCausalLM
 from dvpa.model.router import NO_TIER
-from dvpa_train.balance import LoadBalancer
+from dvpa_train.balance import LoadBalancer, load_metrics
 from dvpa_train.batches import IGNORED, assign_tiers, collate
 from dvpa_train.config import OptimizerConfig, StageConfig
 from dvpa_train.losses import distillation_kl, token_nll
@@ -126,7 +126,8 @@ def test_balancing_moves_biases_toward_even_load_inside_the_pool(model: DvpaForC
 
     def worst() -> float:
         balancer.observe(model(ids, tiers=tiers, use_cache=False).routing)
-        return balancer.max_violation()["max_violation/tier_2"]
+        metrics = load_metrics(balancer.load, model.config)
+        return metrics["balance/max_violation_worst_layer/top"]
 
     before = worst()
     load = balancer.load.clone()
@@ -136,6 +137,8 @@ def test_balancing_moves_biases_toward_even_load_inside_the_pool(model: DvpaForC
     over = load[0, 0, :pool] > load[0, 0, :pool].mean()
     assert (bias[0, :pool][over] < 0).all()
     assert not bias[0, pool:].any()  # nothing outside the tier's pool moves
+    assert torch.equal(balancer.last_load, load)
+    assert not balancer.load.any()
     for _ in range(60):
         worst()
         balancer.update(0.01)

@@ -129,7 +129,7 @@ def build_report(
         },
         "quality_kept": row["quality"] / top[1] if top[1] > 0 else float("nan"),
         "gap_at_oracle": routers["oracle"]["quality"] - row["quality"],
-        **_calibration(tier_map, test),
+        **calibration_errors(tier_map, test),
         "difficulty": difficulty_metrics(test, None if tfidf is None else tfidf.test),
         "frontier": frontier,
         "num_requests": {
@@ -205,7 +205,7 @@ def finite(value: Any) -> Any:
     return value
 
 
-def _calibration(tier_map: TierMap, test: OutcomeTable) -> dict[str, list[float]]:
+def calibration_errors(tier_map: TierMap, test: OutcomeTable) -> dict[str, list[float]]:
     """ECE and Brier score per tier of the calibrated success; NaN without calibration or
     difficulties.
     """

@@ -8,11 +8,16 @@ weigh them, so no gradient is involved.
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dvpa.config import DvpaConfig
 from dvpa.model import DvpaForCausalLM, Routing
 from dvpa_train.processes import Processes
+
+FloatArray = npt.NDArray[np.float64]
 
 
 class LoadBalancer:
@@ -24,9 +29,9 @@ class LoadBalancer:
         # The last one may be the multi-token prediction module's, which not every step runs.
         self.routers = [layer.mlp.gate for layer in layers if layer.is_moe]
         self.pools = [config.pool_size(tier) for tier in range(config.num_tiers)]
-        self.group_size = config.group_size
         self.num_experts = config.n_routed_experts
         self.load = torch.zeros(len(self.routers), len(self.pools), self.num_experts)
+        self.last_load = torch.zeros_like(self.load)  # of the last step, of all processes
 
     @torch.no_grad()
     def observe(self, routing: Sequence[Routing]) -> None:
@@ -44,35 +49,51 @@ class LoadBalancer:
 
     @torch.no_grad()
     def update(self, rate: float) -> None:
-        """Move every tier's biases by `rate` toward even load, and forget the counts."""
+        """Move every tier's biases by `rate` toward even load; the counts become `last_load`."""
         if rate:
             for layer, router in enumerate(self.routers):
                 for tier, pool in enumerate(self.pools):
                     load = self.load[layer, tier, :pool]
                     step = rate * torch.sign(load.mean() - load)
                     router.tier_bias[tier, :pool] += step.to(router.tier_bias)
-        self.load.zero_()
-
-    def max_violation(self) -> dict[str, float]:
-        """MaxVio (max / mean load - 1, worst layer) and dead experts, per tier and per group."""
-        out: dict[str, float] = {}
-        for tier, pool in enumerate(self.pools):
-            load = self.load[:, tier, :pool]
-            load = load[load.sum(-1) > 0]  # layers that have run at this tier
-            if not len(load):
-                continue
-            out[f"max_violation/tier_{tier}"] = _violation(load)
-            out[f"dead_experts/tier_{tier}"] = float((load == 0).sum())
-            groups = load.view(len(load), -1, self.group_size)
-            for group in range(groups.shape[1]):
-                if groups[:, group].sum():
-                    out[f"max_violation/tier_{tier}/group_{group}"] = _violation(groups[:, group])
-                out[f"dead_experts/tier_{tier}/group_{group}"] = float(
-                    (groups[:, group] == 0).sum()
-                )
-        return out
+        self.last_load, self.load = self.load, torch.zeros_like(self.load)
 
 
-def _violation(load: Tensor) -> float:
-    mean = load.mean(-1).clamp(min=1e-9)
-    return float((load.amax(-1) / mean - 1).max())
+def load_metrics(load: Tensor, config: DvpaConfig) -> dict[str, float]:
+    """How evenly the rows of one step fell on the experts, by tier name and group.
+
+    MaxVio is max / mean load - 1 over the experts of a layer; its mean over layers is MaxVio_batch
+    of Wang et al. (arXiv 2408.15664). The worst layer's is given as well, and the mean inside each
+    group. `load_share` is a group's part of its tier's rows. Layers that have not run at a tier and
+    groups without rows have no MaxVio.
+
+    Args:
+        load: rows [MoE layers, tiers, experts].
+    """
+    found: dict[str, float] = {}
+    counts = load.double().cpu().numpy()
+    for tier, name in enumerate(config.tier_names):
+        own = counts[:, tier, : config.pool_size(tier)]
+        own = own[own.sum(-1) > 0]
+        if not len(own):
+            continue
+        violation = _max_violation(own)
+        found[f"balance/max_violation/{name}"] = float(violation.mean())
+        found[f"balance/max_violation_worst_layer/{name}"] = float(violation.max())
+        found[f"balance/dead_experts/{name}"] = float((own == 0).sum())
+        groups = own.reshape(len(own), -1, config.group_size)
+        shares = groups.sum(-1) / own.sum(-1, keepdims=True)
+        for group in range(groups.shape[1]):
+            inside, place = groups[:, group], f"{name}/group_{group}"
+            found[f"balance/load_share/{place}"] = float(shares[:, group].mean())
+            found[f"balance/dead_experts/{place}"] = float((inside == 0).sum())
+            used = inside[inside.sum(-1) > 0]
+            if len(used):
+                found[f"balance/max_violation/{place}"] = float(_max_violation(used).mean())
+    return found
+
+
+def _max_violation(load: FloatArray) -> FloatArray:
+    """Of each row of counts [N, experts]; every row has some."""
+    violation: FloatArray = load.max(-1) / load.mean(-1) - 1
+    return violation

@@ -22,6 +22,7 @@ from dvpa.model import DvpaForCausalLM
 from dvpa.pricing import price
 from dvpa_train.config import Recipe, StageConfig
 from dvpa_train.examples import make_source
+from dvpa_train.logbook import Logbook
 from dvpa_train.main import TrainedRun
 from dvpa_train.processes import Processes
 from dvpa_train.stages import Run
@@ -89,17 +90,14 @@ def _train(
         learning_rate_scale=[1.0, recipe.stages[-1].learning_rate_scale[1]],
     )
     out = trained.out / "baselines" / name
-    run = _FixedConfigRun(
-        replace(recipe, name=name, stages=[stage]),
-        out,
-        make_source(recipe),
-        trained.tokenizer,
-        console,
-        config,
-    )
-    run.source.prepare(trained.tokenizer)
+    alone = replace(recipe, name=name, stages=[stage])
     out.mkdir(parents=True, exist_ok=True)
-    reports = run.train()
+    with Logbook(alone, out) as logbook:
+        logbook.join(Processes())
+        source = make_source(recipe)
+        run = _FixedConfigRun(alone, out, source, trained.tokenizer, console, config, logbook)
+        source.prepare(trained.tokenizer)
+        reports = run.train()
     return run.load().eval(), reports[0].training_flops
 
 
@@ -124,8 +122,9 @@ class _FixedConfigRun(Run):
         tokenizer: Any,
         console: Console,
         config: DvpaConfig,
+        logbook: Logbook,
     ) -> None:
-        super().__init__(recipe, out, source, tokenizer, console, Processes(), facts={})
+        super().__init__(recipe, out, source, tokenizer, console, Processes(), {}, logbook)
         self.config = config
 
     def _whole_start(self, index: int, previous: DvpaForCausalLM | None) -> DvpaForCausalLM:

@@ -1,4 +1,4 @@
-"""What watches a stage: the progress line, and the log."""
+"""What shows a stage on the terminal: the progress line."""
 
 from typing import Any
 
@@ -55,28 +55,3 @@ class ProgressLine(Callback):
         """Close the bar."""
         if self.progress is not None and self.console.is_terminal:
             self.progress.stop()
-
-
-class MetricLog(Callback):
-    """Hand the step's numbers to the loggers (CSV always, W&B unless disabled)."""
-
-    def __init__(self, every: int, first_step: int) -> None:
-        self.every, self.first_step = every, first_step
-
-    def on_train_batch_end(self, trainer: Trainer, module: Any, *args: Any, **kwargs: Any) -> None:
-        """Log under the run's own step count, which goes on from stage to stage."""
-        if trainer.global_step % self.every and trainer.global_step != trainer.max_steps:
-            return
-        if trainer.fit_loop._should_accumulate():
-            return
-        metrics = {
-            **module.latest,
-            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
-            "tokens_per_second": module.tokens_seen / max(module.seconds, 1e-9),
-            "training_flops": module.training_flops,
-        }
-        for logger in trainer.loggers:
-            logger.log_metrics(
-                {f"{module.stage.name}/{name}": value for name, value in metrics.items()},
-                step=self.first_step + trainer.global_step,
-            )

@@ -18,6 +18,7 @@ from dvpa_train.initial import initial_config
 from dvpa_train.recipe_checks import check
 
 StageKind = Literal["foundation", "expansion", "joint"]
+LoggerName = Literal["csv", "tensorboard", "wandb"]
 
 
 @dataclass
@@ -211,7 +212,9 @@ class Recipe:
     guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint_every: int = 100  # optimizer steps between resumable checkpoints
     keep_checkpoints: int = 2  # the latest ones of a stage
-    log_every: int = 20
+    loggers: list[LoggerName] = field(default_factory=lambda: ["csv", "wandb"])  # empty: no log
+    log_every: int = 20  # optimizer steps between rows
+    load_every: int = 0  # between pictures of the experts' load; 0: at the end of each stage only
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # WANDB_MODE wins
 
     def model_config(self) -> DvpaConfig:

@@ -21,10 +21,13 @@ from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from dvpa.evaluate.reliability import reliability, reliability_png
+from dvpa.evaluate.report import calibration_errors
 from dvpa.evaluate.table import OutcomeTable
 from dvpa.model import DvpaForCausalLM
 from dvpa.pricing import price
 from dvpa.tasks import TaskSet, train_tokenizer
+from dvpa.tiers import TierMap
 from dvpa.tiers.calibrate import MIN_REQUESTS, Budget, Split, fit_tier_map
 from dvpa_train.config import Recipe
 from dvpa_train.difficulty import train_head
@@ -32,6 +35,7 @@ from dvpa_train.examples import PARTS, Source, make_source
 from dvpa_train.growth import attach_head
 from dvpa_train.host_memory import check_host_memory
 from dvpa_train.initial import changed_files, fingerprint, load_tokenizer, set_template
+from dvpa_train.logbook import Logbook
 from dvpa_train.processes import processes
 from dvpa_train.stages import Run, StageReport, quiet_lightning
 from dvpa_train.strategies import num_threads
@@ -70,6 +74,11 @@ def run_recipe(recipe: Recipe, out: Path, console: Console) -> TrainedRun | None
         ValueError: `out` holds a run of another recipe, or its checkpoint was made under another
             tokenizer; the number of processes does not fit, or the model the memory.
     """
+    with Logbook(recipe, out) as logbook:
+        return _run(recipe, out, console, logbook)
+
+
+def _run(recipe: Recipe, out: Path, console: Console, logbook: Logbook) -> TrainedRun | None:
     quiet_lightning()
     transformers_logging.disable_progress_bar()
     with processes(recipe.strategy) as among:
@@ -81,6 +90,7 @@ def run_recipe(recipe: Recipe, out: Path, console: Console) -> TrainedRun | None
             out.mkdir(parents=True, exist_ok=True)
             _claim(out, recipe)
             _make_tokenizer(recipe, source, out / "tokenizer")
+        logbook.join(among)
         among.barrier()
         tokenizer = _load_tokenizer(recipe, out / "tokenizer")
         source.prepare(tokenizer)
@@ -91,7 +101,7 @@ def run_recipe(recipe: Recipe, out: Path, console: Console) -> TrainedRun | None
             "tokenizer": tokenizer_hash(Path(tokenizer.name_or_path)),
             "recipe": hashlib.sha256((out / "recipe.json").read_bytes()).hexdigest(),
         }
-        run = Run(recipe, out, source, tokenizer, console, among, facts)
+        run = Run(recipe, out, source, tokenizer, console, among, facts, logbook)
         stages = run.train()
     if not among.is_first:
         return None
@@ -102,6 +112,8 @@ def run_recipe(recipe: Recipe, out: Path, console: Console) -> TrainedRun | None
     model, outcomes = _score_and_calibrate(
         recipe, source, tokenizer, run.load(), tasks, out, console
     )
+    last = sum(stage.steps for stage in recipe.stages)
+    _log_calibration(logbook, last, model.tier_map, outcomes["test"])
     _save(model, tokenizer, out / "checkpoint")
     return TrainedRun(out, recipe, model, tokenizer, tasks, outcomes, stages)
 
@@ -130,9 +142,9 @@ def _claim(out: Path, recipe: Recipe) -> None:
         del claim["recipe"]["strategy"][name]
     del claim["recipe"]["guard"]["max_rollbacks"]  # one that has run out may be given more
     # The stages do not depend on what comes after them.
-    after = ("difficulty", "calibration")
-    logs = ("threads", "log_every", "checkpoint_every", "keep_checkpoints", "wandb_mode")
-    for name in (*after, *logs):
+    for name in ("difficulty", "calibration", "threads", "checkpoint_every", "keep_checkpoints"):
+        del claim["recipe"][name]
+    for name in ("loggers", "log_every", "load_every", "wandb_mode"):
         del claim["recipe"][name]
     if recipe.initial_checkpoint is not None:
         claim["initial_checkpoint"] = fingerprint(recipe.initial_checkpoint)
@@ -230,6 +242,22 @@ def _score_and_calibrate(
         f"calibration   {recipe.calibration.kind} tier map for {recipe.calibration.budget}"
     )
     return model, outcomes
+
+
+def _log_calibration(logbook: Logbook, step: int, tier_map: TierMap, test: OutcomeTable) -> None:
+    """How well the map's success per tier was met on unseen requests, as the step after `step`."""
+    if not logbook.is_writing:
+        return
+    curves, errors = reliability(tier_map, test), calibration_errors(tier_map, test)
+    row = {
+        f"calibration/{error}/{name}": value
+        for error in ("ece", "brier")
+        for name, value in zip(tier_map.tier_names, errors[f"{error}_by_tier"], strict=True)
+    }
+    ece = dict(zip(tier_map.tier_names, errors["ece_by_tier"], strict=True))
+    logbook.rewind(step)
+    logbook.row(step + 1, {"stage_name": "calibration", **row})
+    logbook.figure(step + 1, "calibration", reliability_png(curves, ece), curves)
 
 
 def routed_costs(activated: Sequence[float], requests: OutcomeTable) -> FloatArray:

@@ -261,8 +261,6 @@ class TierModule(LightningModule):
         if not self._is_last_micro:  # DeepSpeed is called for each
             return
         self.balancer.gather()
-        if self.global_step % 50 == 1:
-            self.latest |= self.balancer.max_violation()
         frozen = self.global_step > self.stage.steps * (1 - self.stage.bias_frozen_fraction)
         self.balancer.update(0.0 if frozen else self.stage.bias_update_rate)
         now = time.perf_counter()

@@ -88,11 +88,22 @@ def _check_strategy(recipe: "Recipe", path: Path, config: DvpaConfig) -> None:
         raise ValueError(f"{where}.offload_optimizer: needs kind deepspeed, not {strategy.kind}")
     if recipe.keep_checkpoints < 1 or recipe.checkpoint_every < 1:
         raise ValueError(f"{path}: keep_checkpoints, checkpoint_every: must be positive")
+    _check_log(recipe, path)
     guard = recipe.guard
     if guard.spike_factor and guard.spike_factor <= 1:
         raise ValueError(f"{path}: guard.spike_factor: {guard.spike_factor} must be 0 or above 1")
     if guard.window < 1 or guard.max_rollbacks < 0:
         raise ValueError(f"{path}: guard: window must be positive, max_rollbacks 0 or more")
+
+
+def _check_log(recipe: "Recipe", path: Path) -> None:
+    names = recipe.loggers
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path}: loggers: {', '.join(names)}: each at most once")
+    if "wandb" in names and "csv" not in names:
+        raise ValueError(f"{path}: loggers: wandb needs csv, from which a resumed run is completed")
+    if recipe.log_every < 1 or recipe.load_every < 0:
+        raise ValueError(f"{path}: log_every must be positive, load_every 0 or more")
 
 
 def _check_mtp(mtp: "MtpConfig", config: DvpaConfig, path: Path) -> None:

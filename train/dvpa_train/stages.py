@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from rich.console import Console
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
@@ -26,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from dvpa.config import DvpaConfig
 from dvpa.model import DvpaForCausalLM
 from dvpa_train.batches import Part, collate_step
-from dvpa_train.callbacks import MetricLog, ProgressLine
+from dvpa_train.callbacks import ProgressLine
 from dvpa_train.checkpoints import Checkpoints, find_latest
 from dvpa_train.config import Recipe, StageConfig
 from dvpa_train.consolidate import write_model
@@ -35,9 +34,12 @@ from dvpa_train.finetune import FineTuning
 from dvpa_train.growth import grow
 from dvpa_train.guard import RefusedStep
 from dvpa_train.interrupts import Interrupts
+from dvpa_train.logbook import Logbook
 from dvpa_train.losses import MtpSchedule
+from dvpa_train.metric_log import LogPlace, MetricLog
 from dvpa_train.module import TierModule
 from dvpa_train.origins import Resumed
+from dvpa_train.peak import find_peak
 from dvpa_train.processes import Processes
 from dvpa_train.starts import Start, sharded_start
 from dvpa_train.strategies import trainer_arguments
@@ -69,6 +71,7 @@ class Run:
     console: Console
     among: Processes
     facts: dict[str, Any]
+    logbook: Logbook
     tuning: FineTuning | None = None  # of a run that starts from a checkpoint
 
     def __post_init__(self) -> None:
@@ -90,18 +93,20 @@ class Run:
             check_batch(stage, self.among.size * self.recipe.strategy.accumulate)
         reports: list[StageReport] = []
         model: DvpaForCausalLM | None = None
-        loggers = self._loggers()
         for index, stage in enumerate(self.recipe.stages):
             done = self.folder(index) / "done.json"
             if done.is_file():
                 reports.append(StageReport(**json.loads(done.read_text())))
                 model = None  # read back only if a later stage needs it
                 continue
+            if self.logbook.is_wanted and self.logbook.peak is None:
+                self.logbook.peak = find_peak(self.recipe.strategy.precision, self.among)
+                self.console.print(f"log           {self.logbook.describe()}", soft_wrap=True)
             first = sum(
                 s.steps * s.batch_size + len(r.skipped) * s.batch_size
                 for s, r in zip(self.recipe.stages, reports, strict=False)
             )
-            model, report = self._run_guarded(index, stage, first, model, loggers)
+            model, report = self._run_guarded(index, stage, first, model, reports)
             reports.append(report)
         return reports
 
@@ -116,7 +121,7 @@ class Run:
         stage: StageConfig,
         first: int,
         previous: DvpaForCausalLM | None,
-        loggers: list[Any],
+        done: Sequence[StageReport],
     ) -> tuple[DvpaForCausalLM | None, StageReport]:
         """A stage; a refused step goes back to the last checkpoint and round its batch."""
         noted = self.folder(index) / "skipped.json"
@@ -125,7 +130,7 @@ class Run:
             gc.collect()  # Lightning's cycles hold the last attempt's weights and optimizer
             try:
                 return self._run_stage(
-                    index, stage, self._start(index, previous), first, skipped, loggers
+                    index, stage, self._start(index, previous), first, skipped, done
                 )
             except RefusedStep as refused:
                 if len(skipped) >= self.recipe.guard.max_rollbacks:
@@ -190,7 +195,7 @@ class Run:
         start: Start,
         first: int,
         skipped: Sequence[int],
-        loggers: list[Any],
+        done: Sequence[StageReport],
     ) -> tuple[DvpaForCausalLM | None, StageReport]:
         recipe, folder, among = self.recipe, self.folder(index), self.among
         strategy, clip = recipe.strategy, recipe.optimizer.gradient_clip
@@ -226,14 +231,26 @@ class Run:
             among,
             strategy.timeout_s,
         )
+        log = MetricLog(
+            self.logbook,
+            LogPlace(
+                index,
+                first_step,
+                sum(report.tokens for report in done),
+                sum(report.training_flops for report in done),
+            ),
+            recipe.log_every,
+            recipe.load_every,
+        )
         trainer = Trainer(
             max_steps=stage.steps,
-            logger=loggers,
+            logger=False,
             callbacks=[
+                # First: what a checkpoint's step has logged is not taken again.
+                *([log] if self.logbook.is_wanted else []),
                 checkpoints,
                 Interrupts(checkpoints),
                 ProgressLine(self.console, recipe.model_config().tier_names),
-                MetricLog(recipe.log_every, first_step),
             ],
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -272,23 +289,6 @@ class Run:
         finish_stage(folder, module.model, report, among, self.tuning)
         is_whole = strategy.kind in ("single", "ddp")
         return module.model if is_whole else None, report
-
-    def _loggers(self) -> list[Any]:
-        if not self.among.is_first:
-            return []
-        loggers: list[Any] = [CSVLogger(self.out, name="logs", flush_logs_every_n_steps=1)]
-        mode = os.environ.get("WANDB_MODE", self.recipe.wandb_mode)
-        if mode != "disabled":
-            os.environ.setdefault("WANDB_SILENT", "true")  # its banner would tear the progress line
-            loggers.append(
-                WandbLogger(
-                    project="dvpa",
-                    name=self.recipe.name,
-                    save_dir=self.out,
-                    offline=mode != "online",
-                )
-            )
-        return loggers
 
 
 def finish_stage(
