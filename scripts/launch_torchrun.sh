@@ -8,7 +8,7 @@
 #                      ENDPOINT's (default: what the host calls itself)
 #     JOB=dvpa         the same on every node, another for every run
 #     RESTARTS=3       attempts after a rank has died; each resumes from the last checkpoint
-#     OUTAGE=600       seconds that a node may be gone; after that the others end, too
+#     OUTAGE=1800      seconds that a node may be gone; after that the others end, too
 #     HOURS=0          end the run after so many hours (0: never); TERM first, KILL after two minutes
 #     TRAIN="..."      what every rank runs (default: -m dvpa train)
 # Several interfaces: GLOO_SOCKET_IFNAME, and NCCL_SOCKET_IFNAME on GPUs, name the one to use.
@@ -35,7 +35,7 @@ done
 read -r -a train <<< "${TRAIN:--m dvpa train}"
 endpoint=${ENDPOINT:-127.0.0.1:29400}
 # Both ends of OUTAGE: how long a launcher asks the first node's store, and waits for the other nodes.
-settings="read_timeout=${OUTAGE:-600},join_timeout=${OUTAGE:-600}"
+settings="read_timeout=${OUTAGE:-1800},join_timeout=${OUTAGE:-1800}"
 rendezvous=(--rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-id "${JOB:-dvpa}")
 if [ -n "${ADDRESS:-}" ]; then
     rendezvous+=(--local-addr "$ADDRESS")

@@ -55,7 +55,7 @@ def test_the_command_line_that_results() -> None:
     expected = ["timeout", "--kill-after=120", "2h", "env", OWN_STORE, sys.executable]
     expected += ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "4"]
     expected += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "first:1234", "--rdzv-id", "x"]
-    expected += ["--rdzv-conf", "read_timeout=600,join_timeout=600", "--max-restarts", "3"]
+    expected += ["--rdzv-conf", "read_timeout=1800,join_timeout=1800", "--max-restarts", "3"]
     expected += ["-m", "dvpa", "train", "my recipe.yaml", "--set", "a=1"]
     assert shlex.split(done.stdout) == expected
 
