@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -132,8 +133,9 @@ def wandb_runs(out: Path) -> list[Path]:
     return sorted((out / "wandb").glob("offline-run-*"))
 
 
+@cache
 def wandb_records(folder: Path) -> list[dict[str, Any]]:
-    """The records of one start, read by W&B itself."""
+    """The records of one start that has ended, read by W&B itself."""
     (file,) = folder.glob("*.wandb")
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -105,7 +105,7 @@ class Logbook:
 
     def figure(self, step: int, name: str, png: bytes, table: Mapping[str, Sequence[Any]]) -> None:
         """Log a picture and the numbers in it; both are kept in `logs/NAME/step-N`."""
-        if not self._loggers:
+        if not self.is_writing:
             return
         path = self.folder / name / f"step-{step:08}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

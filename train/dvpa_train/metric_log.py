@@ -55,7 +55,7 @@ class MetricLog(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `state_dict` gave it."""
-        self._since = Counters(*state_dict["since"])
+        self._since = Counters(*state_dict["since"]) if state_dict["since"] else None
         self._load, self._load_steps = state_dict["load"], state_dict["steps"]
 
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
@@ -70,7 +70,7 @@ class MetricLog(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, *args: Any, **kwargs: Any) -> None:
         """Count the step; log it where it is its turn."""
-        if trainer.fit_loop._should_accumulate():
+        if trainer.fit_loop._should_accumulate() or not self.logbook.is_writing:
             return
         load = module.balancer.last_load
         if self._load is None:
@@ -111,10 +111,9 @@ class MetricLog(Callback):
         assert self._load is not None
         load, config = self._load.cpu().numpy(), module.model.config
         total = self.place.first_step + step
-        if self.logbook.is_writing:
-            title = f"{module.stage.name}, steps {total - self._load_steps + 1} to {total}"
-            png = load_png(load, config, title)
-            self.logbook.figure(total, "load", png, load_table(load, config))
+        title = f"{module.stage.name}, steps {total - self._load_steps + 1} to {total}"
+        png = load_png(load, config, title)
+        self.logbook.figure(total, "load", png, load_table(load, config))
         self._load, self._load_steps = None, 0
 
 
