@@ -43,6 +43,13 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["lora.targets=[attention]", "lora.groups=[1]"], "only experts have groups"),
         (["lora.rank=0"], "must be positive"),
         (["strategy.kind=fsdp2"], "lora needs single or ddp, not fsdp2"),
+        (
+            [
+                *("lora=null", "freeze=[router]", "stages.joint.teacher=in_place"),
+                "strategy={kind: deepspeed, precision: bf16}",
+            ],
+            "bf16 with freeze needs kind fsdp2, not deepspeed",
+        ),
         (["lora=null", "strategy.kind=deepspeed"], r"joint\.teacher: frozen needs single, ddp or"),
         (["difficulty.probe_layer=2"], "both probe_layer and hidden_size"),
         (["difficulty.probe_layer=2", "difficulty.hidden_size=8"], "has a head of its own"),

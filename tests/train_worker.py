@@ -73,7 +73,7 @@ class Watched(TierModule):
                 n: whole(p.grad).clone() for n, p in self.model.named_parameters() if _has_grad(p)
             }
         super().configure_gradient_clipping(*args, **kwargs)
-        if not self.among.is_first:
+        if not self.among.is_first or not self._is_last_micro:  # DeepSpeed comes here for each
             return
         if watched:
             torch.save(grads, f"{self.out}.{self.stage.name}.{self.global_step}.pt")

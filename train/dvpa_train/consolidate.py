@@ -36,7 +36,7 @@ def write_model(model: DvpaForCausalLM, folder: Path, among: Processes) -> None:
                     pass
         return
     plan = {
-        name: TensorInfo(NAMES[tensor.dtype], shape)
+        name: TensorInfo(NAMES[torch.float32 if _is_rounded(tensor) else tensor.dtype], shape)
         for stacked, tensor in tensors.items()
         for name, shape in stored_shapes(stacked, tuple(getattr(tensor, "ds_shape", tensor.shape)))
     }
@@ -50,7 +50,8 @@ def write_model(model: DvpaForCausalLM, folder: Path, among: Processes) -> None:
     config = model.config
     config.auto_map = dict(AUTO_MAP)
     config.architectures = [type(model).__name__]
-    config.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    dtype = DTYPES[next(iter(plan.values())).dtype]
+    config.dtype = str(dtype).removeprefix("torch.")
     config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
@@ -69,6 +70,11 @@ def _tensors(model: DvpaForCausalLM) -> Iterator[tuple[str, Tensor]]:
 
 def _wholes(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
     """All values on every process, with the number of the first expert among them."""
+    if _is_rounded(tensor):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        yield 0, safe_get_full_fp32_param(tensor)
+        return
     if not isinstance(tensor, DTensor) or tensor.dim() < 4:
         yield 0, whole(tensor)
         return
@@ -76,9 +82,16 @@ def _wholes(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield group * tensor.shape[1], whole(tensor[group])
 
 
+def _is_rounded(tensor: Tensor) -> bool:
+    """Whether DeepSpeed has the fp32 weights, and this is a copy of them to compute with."""
+    is_zero = hasattr(tensor, "ds_id") or hasattr(tensor, "_hp_mapping")
+    return is_zero and tensor.dtype != torch.float32
+
+
 def _gathered(tensor: Tensor) -> AbstractContextManager[Any]:
     """ZeRO-3 keeps parameters in parts; the others need nothing."""
-    if not hasattr(tensor, "ds_id") or not isinstance(tensor, nn.Parameter):
+    is_cut = hasattr(tensor, "ds_id") and isinstance(tensor, nn.Parameter)
+    if not is_cut or _is_rounded(tensor):
         return nullcontext()
     import deepspeed
 

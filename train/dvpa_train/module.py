@@ -204,7 +204,8 @@ class TierModule(LightningModule):
     def _loss_factor(self) -> float:
         """Undoes what is divided by later: micro-batches, and processes where they are averaged."""
         averaged = self.strategy.kind in ("ddp", "deepspeed")
-        return self.strategy.accumulate * (self.among.size if averaged else 1)
+        times = 2 if self.strategy.kind == "deepspeed" else 1  # by Lightning, and by itself
+        return self.strategy.accumulate**times * (self.among.size if averaged else 1)
 
     def _begin_step(self, scored: Tensor) -> None:
         """What all processes' labels of the step add up to, and whether one of them wants out."""

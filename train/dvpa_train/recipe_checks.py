@@ -84,6 +84,9 @@ def _check_strategy(recipe: "Recipe", path: Path, config: DvpaConfig) -> None:
             raise ValueError(f"{path}: mtp.weight: {weights} must not be 0 with strategy.kind ddp")
     if strategy.precision == "bf16" and strategy.kind not in ("fsdp2", "deepspeed"):
         raise ValueError(f"{where}.precision: bf16 needs kind fsdp2 or deepspeed")
+    if recipe.freeze and strategy.kind == "deepspeed" and strategy.precision == "bf16":
+        # It keeps fp32 weights of what is trained only: the others would come back rounded.
+        raise ValueError(f"{where}.precision: bf16 with freeze needs kind fsdp2, not deepspeed")
     if strategy.offload_optimizer and strategy.kind != "deepspeed":
         raise ValueError(f"{where}.offload_optimizer: needs kind deepspeed, not {strategy.kind}")
     if recipe.keep_checkpoints < 1 or recipe.checkpoint_every < 1:
