@@ -1,13 +1,16 @@
-"""Checkpoints as files: shards, and one tier as a plain DeepSeek-V3 checkpoint."""
+"""Checkpoints as files: shards, other families taken in, and one tier as a plain checkpoint."""
 
+from dvpa.checkpoint.convert import ConversionReport, convert
 from dvpa.checkpoint.export import ExportReport, export_tier
 from dvpa.checkpoint.shards import ShardReader, ShardWriter, TensorInfo, staged_folder
 
 __all__ = [
+    "ConversionReport",
     "ExportReport",
     "ShardReader",
     "ShardWriter",
     "TensorInfo",
+    "convert",
     "export_tier",
     "staged_folder",
 ]
