@@ -85,6 +85,8 @@ class DvpaConfig(Architecture, PreTrainedConfig):
         """JSON-ready dictionary; tiers and difficulty as plain mappings."""
         data = super().to_dict()
         data["tiers"] = [asdict(tier) for tier in self.tiers or ()]
+        for tier in data["tiers"]:  # one of the two says it all
+            tier.pop("num_groups" if self.pool == "striped" else "experts_per_group")
         data["difficulty"] = None if self.difficulty is None else asdict(self.difficulty)
         return data
 

@@ -18,6 +18,11 @@ _NUMBERS = {
     "rms_norm_eps": (0.0, 1.0),
     "attention_dropout": (0.0, 1.0),
 }
+CHOICES = {
+    "pool": ("prefix", "striped"),
+    "scoring_func": ("sigmoid", "softmax"),
+    "topk_method": ("noaux_tc", "group_limited_greedy"),
+}
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
@@ -45,6 +50,11 @@ def validate_config(config: Any) -> None:
             f"n_group: {config.n_group} leaves {config.group_size} expert per group; "
             "group scores need 2"
         )
+    for name, choices in CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise ValueError(
+                f"{name}: {getattr(config, name)!r} must be one of {', '.join(choices)}"
+            )
     _validate_tiers(config)
     if config.difficulty is not None:
         probe = config.difficulty.probe_layer
@@ -108,20 +118,15 @@ def _validate_values(config: Any) -> None:
 def _validate_tiers(config: Any) -> None:
     previous = 0
     for i, tier in enumerate(config.tiers or ()):
-        where, pool = f"tiers[{i}]", tier.num_groups * config.group_size
+        where, pool = f"tiers[{i}]", config.pool_size(i)
         if not tier.name or tier.name == "auto" or tier.name.isdecimal():
             raise ValueError(f"{where}.name: {tier.name!r} must be a word other than 'auto'")
-        if not previous < tier.num_groups <= config.n_group:
-            raise ValueError(
-                f"{where}.num_groups: {tier.num_groups} must be in {previous + 1} .. "
-                f"{config.n_group} (strictly increasing whole groups)"
-            )
-        previous = tier.num_groups
+        previous = _validate_pool(config, tier, where, previous)
         if not 1 <= tier.topk_group <= tier.num_groups:
             raise ValueError(
                 f"{where}.topk_group: {tier.topk_group} must be in 1 .. {tier.num_groups}"
             )
-        reachable = tier.topk_group * config.group_size
+        reachable = tier.topk_group * config.experts_per_group(i)
         if not 1 <= tier.top_k <= reachable:
             raise ValueError(
                 f"{where}.top_k: {tier.top_k} must be in 1 .. {reachable} (its pool has {pool} "
@@ -133,10 +138,43 @@ def _validate_tiers(config: Any) -> None:
             raise ValueError(
                 f"{where}.routed_scaling_factor: {tier.routed_scaling_factor} must be positive"
             )
-    if previous != config.n_group:
+    if config.pool == "prefix" and previous != config.n_group:
         raise ValueError(
             f"tiers[{config.top_tier}].num_groups: {previous} must be n_group = {config.n_group}: "
             "the top tier uses every group"
         )
+    if config.pool == "striped" and previous != config.group_size:
+        raise ValueError(
+            f"tiers[{config.top_tier}].experts_per_group: {previous} must be all of a group's "
+            f"{config.group_size}: the top tier uses every expert"
+        )
     if len(set(config.tier_names)) != config.num_tiers:
         raise ValueError(f"tiers: names must differ, got {', '.join(config.tier_names)}")
+
+
+def _validate_pool(config: Any, tier: Any, where: str, previous: int) -> int:
+    """What a tier says of its pool; returns its groups, or its share of each in a striped pool."""
+    if config.pool == "prefix":
+        if tier.experts_per_group is not None:
+            raise ValueError(
+                f"{where}.experts_per_group: {tier.experts_per_group} is for pool: striped"
+            )
+        if not previous < tier.num_groups <= config.n_group:
+            raise ValueError(
+                f"{where}.num_groups: {tier.num_groups} must be in {previous + 1} .. "
+                f"{config.n_group} (strictly increasing whole groups)"
+            )
+        return int(tier.num_groups)
+    if tier.num_groups != config.n_group:
+        raise ValueError(
+            f"{where}.num_groups: {tier.num_groups} must be n_group = {config.n_group} (or be left "
+            "out): a striped pool has a part of every group"
+        )
+    share = tier.experts_per_group
+    low = max(previous + 1, 2)  # group scores need 2
+    if share is None or not low <= share <= config.group_size:
+        raise ValueError(
+            f"{where}.experts_per_group: {share} must be in {low} .. {config.group_size} "
+            "(strictly increasing)"
+        )
+    return int(share)

@@ -52,6 +52,9 @@ class Router:
             scaling=tuple(tier.routed_scaling_factor for tier in config.tiers),
             group_size=config.group_size,
             norm_topk_prob=config.norm_topk_prob,
+            softmax=config.scoring_func == "softmax",
+            best_of_group=2 if config.topk_method == "noaux_tc" else 1,
+            stripes=config.n_group if config.pool == "striped" else 0,
         )
 
     def __call__(self, x: Tensor, tiers_T: Tensor, max_tier: int) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ class LoadBalancer:
         # The last one may be the multi-token prediction module's, which not every step runs.
         self.routers = [layer.mlp.gate for layer in layers if layer.is_moe]
         self.pools = [config.pool_size(tier) for tier in range(config.num_tiers)]
-        self.group_size = config.group_size
+        self.group_size = config.unit_size
         self.num_experts = config.n_routed_experts
         self.load = torch.zeros(len(self.routers), len(self.pools), self.num_experts)
 

@@ -24,7 +24,7 @@ def grow(model: DvpaForCausalLM, config: DvpaConfig, seed: int) -> DvpaForCausal
             multi-token prediction module, whose experts grow like every layer's.
     """
     small = model.config
-    if config.group_size != small.group_size or config.tiers[: small.num_tiers] != small.tiers:
+    if config.unit_size != small.unit_size or config.tiers[: small.num_tiers] != small.tiers:
         raise ValueError(
             f"config: its tiers {config.tier_names} must begin with the model's {small.tier_names}"
         )
