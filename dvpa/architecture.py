@@ -68,7 +68,10 @@ class Architecture:
     n_group: int = 8
     topk_group: int | None = None
     pool: str = "prefix"  # or "striped": what of the groups a tier may use
-    kv_lora_rank: int = 32
+    num_key_value_heads: int | None = None  # None: as many as heads; MLA has no other number
+    head_dim: int | None = None  # grouped-query attention's; MLA's heads follow from the next five
+    qk_norm: str | None = None  # grouped-query attention: norms over each "head" or "projection"
+    kv_lora_rank: int | None = 32  # None: grouped-query attention in place of MLA
     q_lora_rank: int | None = None
     qk_rope_head_dim: int = 16
     qk_nope_head_dim: int = 16
@@ -99,6 +102,7 @@ class Architecture:
 
     def resolve(self) -> None:
         """What construction does after the fields are set."""
+        self._resolve_attention()
         if self.tiers is None:  # one tier: an ordinary DeepSeek-V3 model
             self.tiers = [
                 {
@@ -129,6 +133,30 @@ class Architecture:
             setattr(self, name, expected)
         validate_config(self)
 
+    def _resolve_attention(self) -> None:
+        """Widths of heads; for grouped-query attention MLA's, of heads that are rotated whole."""
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.kv_lora_rank is not None:
+            if self.head_dim not in (None, self.qk_rope_head_dim):
+                raise ValueError(
+                    f"head_dim: {self.head_dim} must be qk_rope_head_dim = {self.qk_rope_head_dim} "
+                    "(or be left out): it is grouped-query attention's"
+                )
+            self.head_dim = self.qk_rope_head_dim
+            return
+        if self.head_dim is None and self.num_attention_heads:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        assert self.head_dim is not None
+        for name, width in LATENT_WIDTHS.items():
+            ours = 0 if name == "qk_nope_head_dim" else self.head_dim
+            if getattr(self, name) not in (width, ours):
+                raise ValueError(
+                    f"{name}: {getattr(self, name)} must be left out: kv_lora_rank is null, which "
+                    "is grouped-query attention"
+                )
+            setattr(self, name, ours)
+
     def _with_pool(self, tier: Any) -> Any:
         """A tier's mapping; in a striped pool with all groups, which go without saying there."""
         if self.pool == "striped" and isinstance(tier, Mapping):
@@ -156,8 +184,16 @@ class Architecture:
         return self.n_routed_experts // self.n_group
 
     @property
+    def kv_width(self) -> int:
+        """Values that the cache keeps of a position in one layer."""
+        if self.kv_lora_rank is not None:
+            return self.kv_lora_rank + self.qk_rope_head_dim
+        assert self.num_key_value_heads is not None and self.head_dim is not None
+        return 2 * self.num_key_value_heads * self.head_dim
+
+    @property
     def unit_size(self) -> int:
-        """Experts of a unit, contiguous, by which pools grow: a group, or a stripe of a striped pool.
+        """Experts of a unit, contiguous, by which pools grow: a group, or a stripe (striped pools).
 
         Units are what is paged, and what is spread over ranks.
         """
@@ -202,6 +238,11 @@ class Architecture:
         tier_config: TierConfig = self.tiers[tier]
         return tier_config
 
+
+LATENT_WIDTHS = {  # and their defaults
+    name: getattr(Architecture, name)
+    for name in ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+}
 
 TOP_TIER_FIELDS = {
     "num_experts_per_tok": "top_k",

@@ -9,7 +9,7 @@ from typing import Any
 
 _POSITIVE = """
 vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads
-n_routed_experts n_group kv_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim
+num_key_value_heads n_routed_experts n_group qk_rope_head_dim v_head_dim head_dim
 max_position_embeddings
 """
 _SWITCHES = "norm_topk_prob use_cache rope_interleave attention_bias tie_word_embeddings"
@@ -33,6 +33,7 @@ def validate_config(config: Any) -> None:
         ValueError: the first field that is wrong.
     """
     _validate_values(config)
+    _validate_attention(config)
     if config.qk_rope_head_dim % 2:
         raise ValueError(f"qk_rope_head_dim: {config.qk_rope_head_dim} must be even")
     if not 0 <= config.first_k_dense_replace < config.num_hidden_layers:
@@ -86,8 +87,10 @@ def _validate_values(config: Any) -> None:
             f"num_nextn_predict_layers: {config.num_nextn_predict_layers!r} must be 0 or 1 "
             "(the module predicts one token further)"
         )
-    if config.q_lora_rank is not None and not _is_whole(config.q_lora_rank, 1):
-        raise ValueError(f"q_lora_rank: {config.q_lora_rank!r} must be null or positive and whole")
+    for name in ("q_lora_rank", "kv_lora_rank"):
+        value = getattr(config, name)
+        if value is not None and not _is_whole(value, 1):
+            raise ValueError(f"{name}: {value!r} must be null or positive and whole")
     for name in _SWITCHES.split():
         if not isinstance(getattr(config, name), bool):
             raise ValueError(f"{name}: {getattr(config, name)!r} must be true or false")
@@ -113,6 +116,30 @@ def _validate_values(config: Any) -> None:
     factor = (rope or {}).get("factor", 1.0)
     if not _is_number(factor) or factor < 1:
         raise ValueError(f"rope_parameters.factor: {factor!r} must be a number, 1 or more")
+
+
+def _validate_attention(config: Any) -> None:
+    """Fields that only one of the two kinds of attention has."""
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if config.kv_lora_rank is not None:
+        if not _is_whole(config.qk_nope_head_dim, 1):
+            raise ValueError(
+                f"qk_nope_head_dim: {config.qk_nope_head_dim!r} must be a positive whole number"
+            )
+        if groups != heads:
+            raise ValueError(
+                f"num_key_value_heads: {groups} must be num_attention_heads = {heads} (or be left "
+                "out): MLA has no grouped heads"
+            )
+        if config.qk_norm is not None:
+            raise ValueError(f"qk_norm: {config.qk_norm!r} must be null: MLA has norms of its own")
+        return
+    if config.q_lora_rank is not None:
+        raise ValueError(f"q_lora_rank: {config.q_lora_rank} must be null where kv_lora_rank is")
+    if heads % groups:
+        raise ValueError(f"num_key_value_heads: {groups} must divide num_attention_heads = {heads}")
+    if config.qk_norm not in (None, "head", "projection"):
+        raise ValueError(f"qk_norm: {config.qk_norm!r} must be null, 'head' or 'projection'")
 
 
 def _validate_tiers(config: Any) -> None:

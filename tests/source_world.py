@@ -10,7 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from dvpa.checkpoint.calibration_text import CalibrationText
 
@@ -50,7 +62,78 @@ def deepseek_v3(**changes: Any) -> PreTrainedModel:
     return DeepseekV3ForCausalLM(DeepseekV3Config(**fields))
 
 
-FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {"deepseek_v3": deepseek_v3}
+def deepseek_v2(**changes: Any) -> PreTrainedModel:
+    """As V2: softmax, groups by their best expert, weights that sum to less than one."""
+    grouped = {
+        "n_group": 4,
+        "topk_group": 2,
+        "topk_method": "group_limited_greedy",
+        "routed_scaling_factor": 4.0,
+        "n_shared_experts": 2,
+    }
+    fields = {**BASE, **LATENT, **ROUTED, **grouped, **changes}
+    return DeepseekV2ForCausalLM(DeepseekV2Config(**fields))
+
+
+def deepseek_v2_lite(**changes: Any) -> PreTrainedModel:
+    """As V2-Lite: no query latent, no groups."""
+    lite = {
+        "q_lora_rank": None,
+        "topk_method": "greedy",
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+    }
+    return deepseek_v2(**{**lite, **changes})
+
+
+def olmoe(**changes: Any) -> PreTrainedModel:
+    """Norms over whole projections, biases, weights that sum to less than one; no shared expert."""
+    fields = {
+        **BASE,
+        "intermediate_size": 16,
+        "num_experts": 16,
+        "attention_bias": True,
+        "num_key_value_heads": 2,
+    }
+    return OlmoeForCausalLM(OlmoeConfig(**{**fields, **changes}))
+
+
+def qwen3_moe(**changes: Any) -> PreTrainedModel:
+    """Norms over each head, grouped keys, heads wider than their share, one dense layer."""
+    fields = {
+        **BASE,
+        "num_experts": 16,
+        "moe_intermediate_size": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "attention_bias": True,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [0],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    }
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**fields, **changes}))
+
+
+def mixtral(**changes: Any) -> PreTrainedModel:
+    """Few wide experts, tensors under other names."""
+    fields = {
+        **BASE,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 2,
+    }
+    return MixtralForCausalLM(MixtralConfig(**{**fields, **changes}))
+
+
+FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
+    "deepseek_v3": deepseek_v3,
+    "deepseek_v2": deepseek_v2,
+    "deepseek_v2_lite": deepseek_v2_lite,
+    "olmoe": olmoe,
+    "qwen3_moe": qwen3_moe,
+    "mixtral": mixtral,
+}
 
 
 @torch.no_grad()

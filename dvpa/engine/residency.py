@@ -1,7 +1,7 @@
 """Tiers as a memory hierarchy: expert groups beyond the base pool come from disk when routed to.
 
-One arena of slots holds the routed experts, one group of one layer in each slot (a group here: what
-pools grow by, which in striped pools is one expert of each of the router's groups). The base pool of
+One arena of slots holds the routed experts, one group of one layer in each slot. (A group is here
+what pools grow by: of striped pools, one expert of each of the router's groups.) The base pool of
 every layer is read once and stays; the slots left over are shared by all layers (`GroupCache`).
 Every group that a layer needs is there before anything of the layer is computed.
 

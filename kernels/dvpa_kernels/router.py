@@ -76,9 +76,9 @@ def route(
     """Each token's experts in falling order of choice: score plus its tier's bias.
 
     Only experts of the tier's pool and, where the tier is limited to some groups, of those whose
-    best choices (`best_of_group` of them) have the largest sums. Of equals the lower index goes first (PyTorch, on other
-    devices, promises no order). Scores are fp32. On CPUs a token's result does not depend on the
-    others; PyTorch does it in the cases that `linear` names.
+    best choices (`best_of_group` of them) have the largest sums. Of equals the lower index goes
+    first (PyTorch, on other devices, promises no order). Scores are fp32. On CPUs a token's result
+    does not depend on the others; PyTorch does it in the cases that `linear` names.
 
     Args:
         hidden: [T, D].
