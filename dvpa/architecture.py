@@ -68,10 +68,10 @@ class Architecture:
     n_group: int = 8
     topk_group: int | None = None
     pool: str = "prefix"  # or "striped": what of the groups a tier may use
-    num_key_value_heads: int | None = None  # None: as many as heads; MLA has no other number
-    head_dim: int | None = None  # grouped-query attention's; MLA's heads follow from the next five
+    num_key_value_heads: Any = None  # int, once constructed: as many as heads; no others in MLA
+    head_dim: Any = None  # int, once constructed: grouped-query attention's; MLA's follow below
     qk_norm: str | None = None  # grouped-query attention: norms over each "head" or "projection"
-    kv_lora_rank: int | None = 32  # None: grouped-query attention in place of MLA
+    kv_lora_rank: Any = 32  # int; None: grouped-query attention in place of MLA
     q_lora_rank: int | None = None
     qk_rope_head_dim: int = 16
     qk_nope_head_dim: int = 16
@@ -147,7 +147,6 @@ class Architecture:
             return
         if self.head_dim is None and self.num_attention_heads:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        assert self.head_dim is not None
         for name, width in LATENT_WIDTHS.items():
             ours = 0 if name == "qk_nope_head_dim" else self.head_dim
             if getattr(self, name) not in (width, ours):
@@ -187,9 +186,8 @@ class Architecture:
     def kv_width(self) -> int:
         """Values that the cache keeps of a position in one layer."""
         if self.kv_lora_rank is not None:
-            return self.kv_lora_rank + self.qk_rope_head_dim
-        assert self.num_key_value_heads is not None and self.head_dim is not None
-        return 2 * self.num_key_value_heads * self.head_dim
+            return int(self.kv_lora_rank + self.qk_rope_head_dim)
+        return int(2 * self.num_key_value_heads * self.head_dim)
 
     @property
     def unit_size(self) -> int:

@@ -262,7 +262,7 @@ def _grouped_attention(config: "Architecture", query_width: int) -> Iterator[_We
     if config.qk_norm is not None:
         is_by_head = config.qk_norm == "head"
         for width in (query_width, key_width):
-            yield _Weight((config.head_dim if is_by_head else width,))  # type: ignore[arg-type]
+            yield _Weight((config.head_dim if is_by_head else width,))
 
 
 def _top_k(config: "Architecture", tier: int) -> int:

@@ -37,6 +37,7 @@ from dvpa.checkpoint.shards import (
     write_json,
 )
 from dvpa.checkpoint.source import Source, open_source
+from dvpa.checkpoint.tier_plan import STORED
 from dvpa.config import DvpaConfig
 from dvpa.model.causal_lm import TIER_MAP_FILE
 from dvpa.model.standalone import AUTO_MAP, write_standalone
@@ -45,7 +46,6 @@ from dvpa.pricing import price
 from dvpa.tiers.tier_map import TierMap
 
 RECORD_FILE = "conversion.json"
-STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True)

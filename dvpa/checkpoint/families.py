@@ -90,7 +90,7 @@ def read_fields(family: Family, data: Mapping[str, Any]) -> Fields:
         if data.get(key) is None:
             raise ValueError(f"{key}: missing")
     theirs = _resolve(family, data)
-    fields = {
+    fields: Fields = {
         name: getattr(theirs, name, OPTIONAL_FIELDS.get(name)) for name in SHARED_FIELDS.split()
     }
     fields.update(family.read(theirs))

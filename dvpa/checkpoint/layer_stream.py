@@ -103,7 +103,7 @@ def tier_losses(
             for name, tier in passes:
                 config, orders = plans[name]
                 routes = None
-                if layer.is_moe:
+                if isinstance(layer.mlp, DvpaMoE):
                     routes = PlannedRouter(layer.mlp.gate, config, orders[index], tier)
                 stream.run(layer, states[name, tier], routes)
     progress("evaluating logits")

@@ -2,6 +2,7 @@
 
 Every tensor of the folder is accounted for before anything is read: what a model of this config
 needs is there in the right shape, and nothing else is, but for what `Source` lists in `left_out`.
+Block-scaled FP8 (DeepSeek-V3, R1) is read as bf16.
 """
 
 import json
@@ -13,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dvpa.checkpoint import fp8
 from dvpa.checkpoint.families import Family, Fields, find_family, read_fields
 from dvpa.checkpoint.shards import DTYPES, ShardReader, TensorInfo
 from dvpa.config import DvpaConfig
 from dvpa.model.tensor_names import TIER_BIAS, Shape, mtp_prefix, tensor_shapes
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+CODES = "F8_E4M3"
+ROTARY = ".rotary_emb.inv_freq"  # older checkpoints store what follows from the config
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class Source:
         if name.endswith(TIER_BIAS):
             return TensorInfo("F32", (1, self.config.n_routed_experts))
         assert theirs is not None
-        return self.reader.tensors[theirs]
+        info = self.reader.tensors[theirs]
+        return TensorInfo("BF16", info.shape) if info.dtype == CODES else info
 
     def read(self, name: str) -> Tensor:
         """A tensor of ours; the selection bias as [1, E] in fp32, zero where there is none.
@@ -57,6 +62,9 @@ class Source:
         if theirs is None:
             return torch.zeros(1, self.config.n_routed_experts)
         tensor = self.reader.read(theirs)
+        if tensor.dtype == fp8.DTYPE:
+            scale = self.reader.read(theirs + fp8.SCALE_SUFFIX)
+            return fp8.dequantise(tensor, scale, torch.bfloat16)
         return tensor[None].float() if name.endswith(TIER_BIAS) else tensor
 
 
@@ -76,7 +84,7 @@ def open_source(folder: Path | str, drop_mtp: bool = False) -> Source:
     try:
         family = find_family(data)
         fields = read_fields(family, data)
-        _check_format(data)
+        has_blocks = _has_fp8_blocks(data)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     reader = ShardReader(folder)
@@ -87,12 +95,21 @@ def open_source(folder: Path | str, drop_mtp: bool = False) -> Source:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     source = Source(folder, family, config, reader, left_out)
+    known = set(left_out)
     for name, shape in _needed(source):
+        known.add(name)
         _check_tensor(source, name, shape)
-    known = {name for name, _ in _needed(source)} | left_out.keys()
+        if reader.tensors[name].dtype == CODES:
+            if not has_blocks:
+                raise ValueError(f"{folder}: {name}: FP8, but config.json says nothing of it")
+            known.add(name + fp8.SCALE_SUFFIX)
+            _check_scale(source, name)
     copies = dict(_copies(source))
     for name in reader.tensors:
         if name in known:
+            continue
+        if name.endswith(ROTARY):
+            left_out[name] = "rotary frequencies"
             continue
         original = copies.get(name)
         if original is None:
@@ -114,11 +131,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _check_format(data: dict[str, Any]) -> None:
-    """Refuse weights in a number format that we do not read."""
+def _has_fp8_blocks(data: dict[str, Any]) -> bool:
+    """Whether weights are FP8 in blocks, as DeepSeek-V3's are.
+
+    Raises:
+        ValueError: they are in another number format.
+    """
     quantization = data.get("quantization_config")
-    if quantization is not None:
-        raise ValueError(f"quantization_config: {quantization!r} is not supported")
+    if quantization is None:
+        return False
+    expected = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [fp8.BLOCK, fp8.BLOCK]}
+    for key, wanted in expected.items():
+        given = quantization.get(key, wanted if key == "fmt" else None)
+        if given != wanted:
+            raise ValueError(f"quantization_config.{key}: {given!r} must be {wanted!r}")
+    return True
 
 
 def _settle_mtp(
@@ -168,6 +195,19 @@ def _check_tensor(source: Source, name: str, shape: Shape) -> None:
         raise ValueError(f"{source.folder}: {name}: shape {info.shape}, expected {shape}")
     if not DTYPES[info.dtype].is_floating_point:
         raise ValueError(f"{source.folder}: {name}: dtype {info.dtype} is not a float's")
+
+
+def _check_scale(source: Source, name: str) -> None:
+    """The scales of an FP8 tensor are there, and fit."""
+    scale, shape = name + fp8.SCALE_SUFFIX, source.reader.tensors[name].shape
+    info = source.reader.tensors.get(scale)
+    if info is None:
+        raise ValueError(f"{source.folder}: {scale}: missing")
+    if info != TensorInfo("F32", fp8.scale_shape(shape)):
+        raise ValueError(
+            f"{source.folder}: {scale}: {info.dtype} {info.shape}, expected F32 "
+            f"{fp8.scale_shape(shape)}"
+        )
 
 
 def _check_copy(source: Source, name: str, original: str) -> None:

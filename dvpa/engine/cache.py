@@ -30,12 +30,12 @@ class LatentCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        layers, shape = config.num_hidden_layers, (num_pages, page_size, config.kv_width)
+        shape = [config.num_hidden_layers, num_pages, page_size, config.kv_width]
         if config.kv_lora_rank is None:
             groups = config.num_key_value_heads
-            shape = (groups, num_pages, page_size, config.kv_width // groups)
+            shape[1:] = [groups, num_pages, page_size, config.kv_width // groups]
         self.page_size = page_size
-        self.storage = torch.empty((layers, *shape), dtype=dtype, device=device)
+        self.storage = torch.empty(shape, dtype=dtype, device=device)
         self.layers = list(self.storage.unbind(0))
 
     @property
