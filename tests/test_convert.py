@@ -6,7 +6,7 @@ import pytest
 import torch
 from source_world import FAMILIES, logits_of, make_source, reversed_text, text
 
-from dvpa.checkpoint import convert
+from dvpa.checkpoint import convert_checkpoint
 from dvpa.model import DvpaForCausalLM
 
 TOLERANCE = 1e-5  # of the logits' scale
@@ -15,7 +15,7 @@ TOLERANCE = 1e-5  # of the logits' scale
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_the_top_tier_is_the_source_and_the_base_tier_runs(family: str, tmp_path: Path) -> None:
     source = make_source(tmp_path / "source", family)
-    report = convert(tmp_path / "source", tmp_path / "out", text())
+    report = convert_checkpoint(tmp_path / "source", tmp_path / "out", text())
     ours = DvpaForCausalLM.from_pretrained(tmp_path / "out").eval()
     ids = reversed_text()
     theirs = logits_of(source, ids)

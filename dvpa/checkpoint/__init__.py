@@ -1,6 +1,6 @@
 """Checkpoints as files: shards, other families taken in, and one tier as a plain checkpoint."""
 
-from dvpa.checkpoint.convert import ConversionReport, convert
+from dvpa.checkpoint.convert import ConversionReport, convert_checkpoint
 from dvpa.checkpoint.export import ExportReport, export_tier
 from dvpa.checkpoint.shards import ShardReader, ShardWriter, TensorInfo, staged_folder
 
@@ -10,7 +10,7 @@ __all__ = [
     "ShardReader",
     "ShardWriter",
     "TensorInfo",
-    "convert",
+    "convert_checkpoint",
     "export_tier",
     "staged_folder",
 ]

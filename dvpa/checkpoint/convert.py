@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dvpa.architecture import TOP_TIER_FIELDS
 from dvpa.checkpoint.calibration_text import CalibrationText
 from dvpa.checkpoint.export import COPIED_FILES
+from dvpa.checkpoint.families import limits_groups
 from dvpa.checkpoint.layer_stream import (
     Importance,
     Progress,
@@ -46,6 +48,7 @@ from dvpa.pricing import price
 from dvpa.tiers.tier_map import TierMap
 
 RECORD_FILE = "conversion.json"
+POOLS = ("prefix", "striped")
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,9 @@ class ConversionReport:
         tokens, held_out_tokens: how many measured the experts, and the tiers.
         expert_order: by layer, the source's expert at each place.
         importance: by layer, REAP of the source's experts.
+        pool: the kind of the tiers' pools.
+        pools: losses of every tier by kind of pool, where they were measured.
+        not_possible: kinds of pools that were not compared, and why.
         super_experts: (layer, source's expert) pairs put into every pool.
         unpinned: those of them that the base pool has no room for.
         never_chosen: experts without a single token, over all layers.
@@ -84,6 +90,9 @@ class ConversionReport:
     text: str | None
     tokens: int
     held_out_tokens: int
+    pool: str
+    pools: dict[str, list[float]]
+    not_possible: dict[str, str]
     expert_order: dict[str, list[int]]
     importance: dict[str, list[float]]
     super_experts: list[tuple[int, int]]
@@ -98,12 +107,13 @@ class ConversionReport:
         return asdict(self)
 
 
-def convert(
+def convert_checkpoint(
     source: Path | str,
     out: Path | str,
     text: CalibrationText | None,
     *,
     tiers: Sequence[TierWish] | None = None,
+    pool: str = "auto",
     dtype: str = "auto",
     drop_mtp: bool = False,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -116,6 +126,7 @@ def convert(
         out: a new folder; it appears complete or not at all.
         text: what experts are measured on; None keeps their order.
         tiers: base first; default `default_tiers`.
+        pool: "prefix", "striped", or "auto": the kind whose lower tiers lose less on the text.
         dtype: of the new weights: "auto" (as they are) or a key of `STORED`.
         drop_mtp: leave the multi-token prediction module out.
         shard_bytes: at most so many bytes of tensors in a file.
@@ -129,28 +140,36 @@ def convert(
         raise ValueError(f"dtype: {dtype!r} must be 'auto' or one of {', '.join(STORED)}")
     opened = open_source(source, drop_mtp)
     wishes = list(tiers) if tiers is not None else default_tiers(opened.config)
-    config = _planned_config(opened, wishes)
-    if text is not None and int(text.ids.max()) >= config.vocab_size:
+    configs, not_possible = _configs(opened, wishes, pool, text is not None)
+    size = opened.config.vocab_size
+    if text is not None and int(text.ids.max()) >= size:
         raise ValueError(
-            f"calibration text: token {int(text.ids.max())} must be below vocab_size = "
-            f"{config.vocab_size}"
+            f"calibration text: token {int(text.ids.max())} must be below vocab_size = {size}"
         )
     with staged_folder(Path(out)) as folder:  # refuses a full `out` before the long work
         measured = None if text is None else importance(opened, text.measuring, progress)
-        orders, pinned = _orders(opened, measured)
-        losses = None
+        pinned = super_experts(measured.peaks) if measured else []
+        plans = {
+            kind: (config, _orders(opened.config, measured, pinned, kind))
+            for kind, config in configs.items()
+        }
+        losses: dict[str, list[float]] = {}
         if text is not None:
-            plans = {"prefix": (config, orders)}
-            losses = tier_losses(opened, plans, text.held_out, progress)["prefix"]
+            losses = tier_losses(opened, plans, text.held_out, progress)
+        chosen = min(plans, key=lambda kind: sum(losses.get(kind, ())))
+        config, orders = plans[chosen]
         progress("writing")
         plan = _plan(opened, config, dtype)
         _write(opened, config, orders, plan, folder, shard_bytes)
         report = ConversionReport(
             source=opened.family.model_type,
-            tiers=_tiers(config, losses),
+            tiers=_tiers(config, losses.get(chosen)),
             text=None if text is None else text.origin,
             tokens=0 if text is None else text.measuring.numel(),
             held_out_tokens=0 if text is None else text.held_out.numel(),
+            pool=chosen,
+            pools=losses,
+            not_possible=not_possible,
             expert_order=as_mapping(orders),
             importance={
                 str(layer): scores.tolist()
@@ -169,27 +188,41 @@ def convert(
     return report
 
 
-def _planned_config(source: Source, wishes: Sequence[TierWish]) -> DvpaConfig:
-    """The new checkpoint's config.
+def _configs(
+    source: Source, wishes: Sequence[TierWish], pool: str, can_compare: bool
+) -> tuple[dict[str, DvpaConfig], dict[str, str]]:
+    """The new checkpoint's config by kind of pool, and why a kind is not among them.
 
     Raises:
-        ValueError: tiers that do not fit the source.
+        ValueError: tiers that fit no kind.
     """
-    data = source.config.to_dict()
-    for name in ("num_experts_per_tok", "topk_group", "routed_scaling_factor"):
-        data.pop(name)
-    data.update(tier_fields(source.config, wishes))
-    config: DvpaConfig = DvpaConfig.from_dict(data)
-    price(config)
-    return config
+    if pool not in ("auto", *POOLS):
+        raise ValueError(f"pool: {pool!r} must be 'auto' or one of {', '.join(POOLS)}")
+    wanted: Sequence[str] = (pool,)
+    if pool == "auto":
+        wanted = POOLS if can_compare and limits_groups(source.config) else POOLS[:1]
+    configs, failed = {}, {}
+    for kind in wanted:
+        data = source.config.to_dict()
+        for name in TOP_TIER_FIELDS:
+            data.pop(name)
+        try:
+            data.update(tier_fields(source.config, wishes, kind))
+            configs[kind] = DvpaConfig.from_dict(data)
+        except ValueError as error:
+            failed[kind] = error
+    if not configs:
+        raise next(iter(failed.values()))
+    return configs, {kind: str(error) for kind, error in failed.items()}
 
 
 def _orders(
-    source: Source, measured: Importance | None
-) -> tuple[dict[int, Tensor], list[tuple[int, int]]]:
-    """By layer, the source's experts in their new order; and the pinned ones."""
-    config = source.config
-    pinned = super_experts(measured.peaks) if measured else []
+    config: DvpaConfig,
+    measured: Importance | None,
+    pinned: Sequence[tuple[int, int]],
+    pool: str,
+) -> dict[int, Tensor]:
+    """By layer, the source's experts in their new order."""
     layers = range(
         config.first_k_dense_replace, config.num_hidden_layers + config.num_nextn_predict_layers
     )
@@ -199,8 +232,8 @@ def _orders(
         scores = torch.zeros(experts) if measured is None else measured.scores[layer]
         is_pinned = torch.zeros(experts, dtype=torch.bool)
         is_pinned[[expert for of_layer, expert in pinned if of_layer == layer]] = True
-        orders[layer] = order_experts(config, scores, is_pinned)
-    return orders, pinned
+        orders[layer] = order_experts(config, scores, is_pinned, pool)
+    return orders
 
 
 def _outside(

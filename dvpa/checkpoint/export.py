@@ -52,7 +52,8 @@ vocab.json merges.txt chat_template.jinja generation_config.json
 class ExportReport:
     """What an export did: tensors copied whole, cut, and left out; `num_bytes` of tensor data.
 
-    `model_type` is the family whose format it is in; `quantised` of the copied have become FP8.
+    `model_type` is the family whose format it is in; `is_in_transformers`: Transformers has a class
+    for it. `quantised` of the copied have become FP8.
     `dropped_mtp` of those left out are a multi-token prediction module that was not kept. Where it
     is kept, the copies of embedding and head that V3 stores with it count as copied.
     """
@@ -66,6 +67,7 @@ class ExportReport:
     dropped: int
     dropped_mtp: int
     num_bytes: int
+    is_in_transformers: bool
 
 
 @dataclass(frozen=True)
@@ -300,4 +302,5 @@ def _report(
         dropped=len(dropped),
         dropped_mtp=0 if keep_mtp else sum(is_mtp(config, name) for name in dropped),
         num_bytes=sum(part.info.num_bytes for part in plan.values()),
+        is_in_transformers=style.is_in_transformers,
     )

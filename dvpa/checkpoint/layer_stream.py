@@ -52,7 +52,11 @@ class Importance:
 def importance(
     source: Source, ids_NL: Tensor, progress: Progress = lambda text: None
 ) -> Importance:
-    """Measure every MoE layer, that of multi-token prediction included."""
+    """Measure every MoE layer, that of multi-token prediction included.
+
+    Raises:
+        ValueError: an expert's output is not finite.
+    """
     found = Importance({}, {}, {})
     config, stream = source.config, LayerStream(source)
     hidden_NLD = stream.embed(ids_NL)
@@ -89,6 +93,9 @@ def tier_losses(
 
     Returns:
         One number per tier, base first; the top tier is run once for all plans.
+
+    Raises:
+        ValueError: a loss is not finite.
     """
     stream = LayerStream(source)
     passes = [
@@ -108,6 +115,8 @@ def tier_losses(
                 stream.run(layer, states[name, tier], routes)
     progress("evaluating logits")
     losses = stream.losses([top_NLD, *states.values()], ids_NL)
+    if not all(math.isfinite(loss) for loss in losses):
+        raise ValueError(f"{source.folder}: a loss on the calibration text is not finite: {losses}")
     top, lower = losses[0], dict(zip(states, losses[1:], strict=True))
     return {
         name: [*(lower[name, tier] for tier in range(config.num_tiers - 1)), top]
@@ -272,6 +281,11 @@ def _measure_layer(
         counts[expert] += len(share_R)
 
     stream.run(layer, hidden_NLD, observe=observe)
+    if not bool(torch.isfinite(sums).all()):
+        raise ValueError(
+            f"{stream.source.folder}: layer {index}: an expert's output is not finite on the "
+            "calibration text"
+        )
     found.scores[index] = sums / counts.clamp(min=1)
     found.peaks[index], found.counts[index] = peaks, counts
 

@@ -3,6 +3,11 @@
 Fewer activated experts cost little, fewer experts in all cost much (arXiv 2505.03531), so by
 default the lower tiers choose fewer from pools that are still large.
 
+Where a source's router keeps only its best groups (DeepSeek-V2 and V3), groups carry meaning:
+whole groups may move, and experts inside their own group, but none from one group to another. A
+pool then is the best groups (`prefix`) or the best experts of every group (`striped`). Elsewhere
+any order will do, and a pool is the best experts.
+
 Letters: E routed experts, G routing groups.
 """
 
@@ -79,12 +84,15 @@ def default_tiers(source: DvpaConfig) -> list[TierWish]:
     return wishes
 
 
-def tier_fields(source: DvpaConfig, wishes: Sequence[TierWish]) -> Fields:
-    """The fields of the converted model's groups and tiers.
+def tier_fields(source: DvpaConfig, wishes: Sequence[TierWish], pool: str) -> Fields:
+    """The fields of the converted model's groups and tiers, with pools of one kind.
 
     Raises:
         ValueError: tiers that do not fit the source; the message names the tier.
     """
+    is_limited, is_striped = limits_groups(source), pool == "striped"
+    if is_striped and not is_limited:
+        raise ValueError("pool: striped is for routers that keep only their best groups")
     top = source.tiers[-1]
     last = wishes[-1]
     if (last.pool, last.top_k) != (source.n_routed_experts, top.top_k):
@@ -97,38 +105,38 @@ def tier_fields(source: DvpaConfig, wishes: Sequence[TierWish]) -> Fields:
             f"tiers: {last.name}: scale {last.routed_scaling_factor} must be the source's own "
             f"{top.routed_scaling_factor} (or be left out)"
         )
-    size = _group_size(source, wishes)
+    unit = source.n_group if is_striped else _group_size(source, wishes)
     tiers: list[dict[str, Any]] = []
     for wish in wishes:
-        groups, beyond = divmod(wish.pool, size)
-        if beyond or groups < 1:
+        units, beyond = divmod(wish.pool, unit)
+        if beyond or units < 1:
             raise ValueError(
-                f"tiers: {wish.name}: a pool of {wish.pool} experts must be a multiple of {size}, "
-                f"up to {source.n_routed_experts}"
+                f"tiers: {wish.name}: a pool of {wish.pool} experts must be a multiple of {unit}, "
+                f"up to {source.n_routed_experts} (pool: {pool})"
             )
+        groups = source.n_group if is_striped else units
         scale = wish.routed_scaling_factor
         tiers.append(
             {
                 "name": wish.name,
-                "num_groups": groups,
+                "experts_per_group" if is_striped else "num_groups": units,
                 "top_k": wish.top_k,
-                "topk_group": min(groups, top.topk_group) if limits_groups(source) else groups,
+                "topk_group": min(groups, top.topk_group) if is_limited else groups,
                 "routed_scaling_factor": _scale(source, wish.top_k) if scale is None else scale,
             }
         )
-    return {"n_group": source.n_routed_experts // size, "tiers": tiers}
+    num_groups = source.n_group if is_striped else source.n_routed_experts // unit
+    return {"pool": pool, "n_group": num_groups, "tiers": tiers}
 
 
-def order_experts(source: DvpaConfig, importance: Tensor, pinned: Tensor) -> Tensor:
+def order_experts(source: DvpaConfig, importance: Tensor, pinned: Tensor, pool: str) -> Tensor:
     """The source's experts in the order in which they are stored, most important first.
-
-    Where the source's groups carry meaning, whole groups move, and experts inside their own group:
-    any other permutation would change what it computes.
 
     Args:
         source: its config, of one tier.
         importance: [E].
         pinned: bool [E], experts that come before all others.
+        pool: "prefix" or "striped".
 
     Returns:
         int64 [E]: place -> the source's expert. Equals keep their order.
@@ -137,6 +145,9 @@ def order_experts(source: DvpaConfig, importance: Tensor, pinned: Tensor) -> Ten
     if not limits_groups(source):
         return ranked
     group_of_E = torch.arange(len(importance)) // source.group_size
+    if pool == "striped":
+        of_groups = [ranked[group_of_E[ranked] == group] for group in range(source.n_group)]
+        return torch.stack(of_groups, 1).flatten()
     by_group_GE = importance.view(source.n_group, -1)
     groups = _rank(by_group_GE.sum(1), pinned.view(source.n_group, -1).any(1))
     return torch.cat([ranked[group_of_E[ranked] == group] for group in groups])
@@ -157,8 +168,11 @@ def _name(index: int, count: int) -> str:
 
 
 def _pool_step(source: DvpaConfig) -> int:
-    """What default pools are multiples of."""
-    return source.group_size if limits_groups(source) else smallest_group(source.n_routed_experts)
+    """What default pools are multiples of: groups, if possible of pools of either kind."""
+    if not limits_groups(source):
+        return smallest_group(source.n_routed_experts)
+    both = math.lcm(source.group_size, source.n_group)
+    return both if both < source.n_routed_experts else source.group_size
 
 
 def _group_size(source: DvpaConfig, wishes: Sequence[TierWish]) -> int:
