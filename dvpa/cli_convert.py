@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dvpa.cli_output import console, count_of, params_of, show_status, write_json
 
@@ -54,10 +54,13 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `dvpa export`."""
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a dvpa checkpoint")
-    parser.add_argument("--tier", help="a tier's name or index")
-    parser.add_argument("out", metavar="OUT", type=Path, nargs="?", help="a new folder")
+    tier = parser.add_argument("--tier", required=True, help="a tier's name or index")
+    out = parser.add_argument("out", metavar="OUT", type=Path, help="a new folder")
     parser.add_argument(
-        "--list", action="store_true", help="write nothing: show what every tier would weigh"
+        "--list",
+        action=_Instead,
+        of=(tier, out),
+        help="write nothing: show what every tier would weigh",
     )
     parser.add_argument(
         "--dtype",
@@ -70,6 +73,19 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keep the multi-token prediction module, for engines that draft with it",
     )
+
+
+class _Instead(argparse.Action):
+    """A switch with which other arguments are not required."""
+
+    def __init__(self, of: Sequence[argparse.Action], **kwargs: Any) -> None:
+        super().__init__(nargs=0, default=False, **kwargs)
+        self._of = of
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, *_: Any) -> None:
+        setattr(namespace, self.dest, True)
+        for action in self._of:
+            action.required = False
 
 
 def check_convert(arguments: argparse.Namespace) -> None:
@@ -86,13 +102,8 @@ def check_convert(arguments: argparse.Namespace) -> None:
 
 def check_export(arguments: argparse.Namespace) -> None:
     """As `check_convert`."""
-    if arguments.list:
-        if arguments.out is not None or arguments.tier is not None:
-            raise ValueError("--list: shows every tier and writes nothing; no --tier, no OUT")
-        return
-    for name, value in (("--tier", arguments.tier), ("OUT", arguments.out)):
-        if value is None:
-            raise ValueError(f"{name}: missing (or give --list)")
+    if arguments.list and (arguments.out is not None or arguments.tier is not None):
+        raise ValueError("--list: shows every tier and writes nothing; no --tier, no OUT")
 
 
 def convert_run(arguments: argparse.Namespace) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
@@ -171,6 +173,21 @@ def logits_of(model: Any, ids: Tensor, **kwargs: Any) -> Tensor:
     return model(ids, use_cache=False, **kwargs).logits
 
 
-def reversed_text(length: int = 24) -> Tensor:
+def unseen(length: int = 24) -> Tensor:
     """Sequences that no calibration has seen."""
     return text(3, length, seed=7).ids
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint folder."""
+    return {
+        name: tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+def in_half_precision(folder: Path, out: Path) -> None:
+    """A checkpoint again in bf16, but for what Transformers keeps in fp32; in several shards."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.save_pretrained(out, max_shard_size="30KB")

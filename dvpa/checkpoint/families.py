@@ -68,7 +68,7 @@ def find_family(data: Mapping[str, Any]) -> Family:
         ValueError: `model_type` is none of ours.
     """
     model_type = data.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise ValueError(f"model_type: {model_type!r} must be one of {known}")
     return FAMILIES[model_type]

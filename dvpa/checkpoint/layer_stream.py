@@ -27,6 +27,7 @@ from dvpa.model.router import DvpaRouter, Routing, TierPlan
 from dvpa.model.tensor_names import TIER_BIAS, expert_index, tensor_shapes
 from dvpa.ops import expert_mlp
 
+LAYERS = "model.layers."
 ROWS_AT_ONCE = 4096  # positions in one pass through a layer
 LOGITS_AT_ONCE = 256  # positions whose logits are in memory together
 
@@ -152,6 +153,10 @@ class LayerStream:
         with torch.device("meta"):
             self.model = DvpaForCausalLM(config).eval()
         self.model.model.rotary_emb = DvpaRotaryEmbedding(config=config)
+        self._names: dict[str, list[str]] = {}  # of tensors, by layer
+        for name in tensor_shapes(config):
+            if name.startswith(LAYERS):
+                self._names.setdefault(name.split(".")[2], []).append(name)
         # fp16 is widened: its range is too small for the states of large models.
         stored = {source.info(name).dtype for name in tensor_shapes(config)}
         self.dtype = torch.bfloat16 if "BF16" in stored else torch.float32
@@ -170,12 +175,11 @@ class LayerStream:
     def layer(self, index: int) -> Iterator[DvpaDecoderLayer]:
         """Layer `index` with its weights, which leave memory again with the context."""
         layer = cast("DvpaDecoderLayer", self.model.model.layers[index])
-        prefix = f"model.layers.{index}."
+        prefix = f"{LAYERS}{index}."
         if isinstance(layer.mlp, DvpaMoE):
             _make_room(layer.mlp.experts, self.dtype)
-        for name in tensor_shapes(self.source.config):
-            if name.startswith(prefix):
-                self._fill(layer, name.removeprefix(prefix), self._read(name))
+        for name in self._names[str(index)]:
+            self._fill(layer, name.removeprefix(prefix), self._read(name))
         yield layer
         layer.to("meta")
 
