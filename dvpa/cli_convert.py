@@ -151,8 +151,8 @@ def export_run(arguments: argparse.Namespace) -> None:
         )
     if not report.is_in_transformers:
         console().print(
-            f"{report.model_type} has no class in Transformers: vLLM loads it, Transformers only "
-            "with the modelling files of the original checkpoint beside it"
+            f"{report.model_type} has no class in Transformers: it needs the original checkpoint's "
+            "configuration and modelling files, and its auto_map, beside it"
         )
 
 

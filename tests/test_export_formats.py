@@ -135,7 +135,7 @@ def test_other_dtypes(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "sigmoid": (GROUPED, "scoring_func: 'sigmoid' must be 'softmax' in the format of deepseek"),
     "limited": ({**GROUPED, **SOFTMAX, "tiers": None, "n_group": 4, "topk_group": 2,
-                 "num_experts_per_tok": 2, "n_shared_experts": 0},
+                 "num_experts_per_tok": 2, "n_shared_experts": 0, "first_k_dense_replace": 0},
                 r"tiers\[0\].topk_group: 2 must be 4 in the format of mixtral"),
     "scaled": ({**GROUPED, **SOFTMAX, "tiers": None, "num_experts_per_tok": 2,
                 "routed_scaling_factor": 2.0, "qk_norm": "head", "n_shared_experts": 0},

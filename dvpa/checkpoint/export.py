@@ -5,7 +5,7 @@ else is copied as it is. The result holds nothing of ours, so Transformers, vLLM
 with their own code (which family that is: `formats`). Streams tensor by tensor and never builds a
 model.
 
-The head is always written, tied or not: vLLM's DeepSeek-V3 reads no other. A multi-token prediction
+The head is always written, tied or not: not every engine reads a tied one. A multi-token prediction
 module is left out unless asked for: vLLM and SGLang draft with it, but Transformers expects it at
 layer 61, as in V3, and warns of unexpected tensors at any other.
 """

@@ -77,20 +77,8 @@ def find_format(config: DvpaConfig, tier: int) -> Format:
         _require(config, "deepseek_v2", norm_topk_prob=(False,), topk_method=method)
         _require(config, "deepseek_v2", rope_interleave=(True,))
         return FORMATS["deepseek_v2"]
-    if config.n_shared_experts:
-        name = "deepseek"
-        _require(config, name, qk_norm=(None,))
-    elif config.qk_norm == "head":
-        name = "qwen3_moe"
-    elif config.qk_norm == "projection":
-        name = "olmoe"
-        width = config.hidden_size // config.num_attention_heads
-        _require(config, name, first_k_dense_replace=(0,), head_dim=(width,))
-    else:
-        name = "mixtral"
-        _require(config, name, first_k_dense_replace=(0,), norm_topk_prob=(True,))
-        _require(config, name, attention_bias=(False,))
-    _require(config, name, scoring_func=("softmax",), rope_interleave=(False,))
+    name, needed = _grouped_query(config)
+    _require(config, name, scoring_func=("softmax",), rope_interleave=(False,), **needed)
     if is_limited:
         raise ValueError(
             f"tiers[{tier}].topk_group: {routing.topk_group} must be {routing.num_groups} in the "
@@ -102,6 +90,19 @@ def find_format(config: DvpaConfig, tier: int) -> Format:
             f"the format of {name}, which scales nothing"
         )
     return FORMATS[name]
+
+
+def _grouped_query(config: DvpaConfig) -> tuple[str, dict[str, tuple[Any, ...]]]:
+    """The family nearest to a model with grouped-query attention, and what it must have."""
+    width = config.hidden_size // config.num_attention_heads
+    if config.n_shared_experts:
+        return "deepseek", {"qk_norm": (None,), "head_dim": (width,)}
+    if config.qk_norm == "head":
+        return "qwen3_moe", {}
+    if config.qk_norm == "projection":
+        return "olmoe", {"first_k_dense_replace": (0,), "head_dim": (width,)}
+    mixtral = {"first_k_dense_replace": (0,), "norm_topk_prob": (True,), "attention_bias": (False,)}
+    return "mixtral", mixtral
 
 
 def _require(config: DvpaConfig, family: str, **allowed: tuple[Any, ...] | None) -> None:
@@ -135,9 +136,11 @@ def _deepseek_v3(config: DvpaConfig, tier: int) -> Fields:
 def _deepseek_v2(config: DvpaConfig, tier: int) -> Fields:
     routing = config.tiers[tier]
     is_limited = routing.topk_group < routing.num_groups
+    groups = {} if is_limited else {"n_group": 1, "topk_group": 1}  # as V2-Lite
     return {
         **_named(config, LATENT_FIELDS),
         **_pool(config, tier),
+        **groups,
         "topk_method": "group_limited_greedy" if is_limited else "greedy",
         "scoring_func": "softmax",
         "moe_layer_freq": 1,
