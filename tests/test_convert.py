@@ -261,7 +261,7 @@ def test_dtypes(dtype: str, tmp_path: Path) -> None:
 
 
 def test_tiers_of_one_s_own(tmp_path: Path) -> None:
-    source = make_source(tmp_path / "source", "qwen3_moe")
+    source = make_source(tmp_path / "source")
     wishes = parse_tiers("small=4:1,8:2:0.9,12:3,16:4")
     assert wishes[0] == TierWish("small", 4, 1)
     assert [wish.name for wish in wishes] == ["small", "middle1", "middle2", "top"]
@@ -269,7 +269,7 @@ def test_tiers_of_one_s_own(tmp_path: Path) -> None:
     assert_same_function(ours, logits_of(source, unseen()), report)
     assert [(tier.pool, tier.top_k) for tier in report.tiers] == [(4, 1), (8, 2), (12, 3), (16, 4)]
     scales = [tier.routed_scaling_factor for tier in report.tiers]
-    assert scales == pytest.approx([0.5, 0.9, 0.75**0.5, 1.0])
+    assert scales == pytest.approx([1.25, 0.9, 2.5 * 0.75**0.5, 2.5])
 
 
 def test_default_tiers_of_real_sizes(tmp_path: Path) -> None:

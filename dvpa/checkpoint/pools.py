@@ -187,10 +187,14 @@ def _group_size(source: DvpaConfig, wishes: Sequence[TierWish]) -> int:
 
 
 def _scale(source: DvpaConfig, top_k: int) -> float:
-    """The scale of a tier: proportional to sqrt(top_k) where weights are normalised (design)."""
+    """The scale of a tier: proportional to sqrt(top_k) where weights are normalised.
+
+    Not where the family's format has no scale, lest the tier cannot be exported.
+    """
     top = source.tiers[-1]
     scale = float(top.routed_scaling_factor)
-    if not source.norm_topk_prob or top_k == top.top_k:
+    has_scale = source.kv_lora_rank is not None
+    if not source.norm_topk_prob or not has_scale or top_k == top.top_k:
         return scale
     return scale * math.sqrt(top_k / top.top_k)
 
