@@ -108,15 +108,18 @@ def check_export(arguments: argparse.Namespace) -> None:
 
 def convert_run(arguments: argparse.Namespace) -> None:
     """Take a checkpoint in and show what each tier loses."""
-    from dvpa.checkpoint.calibration_text import read_calibration
+    from dvpa.checkpoint.calibration_text import SEQUENCE_LENGTH, read_calibration
     from dvpa.checkpoint.convert import convert_checkpoint
     from dvpa.checkpoint.pools import parse_tiers
+    from dvpa.checkpoint.source import open_source
 
     tiers = None if arguments.tiers is None else parse_tiers(arguments.tiers)
     with show_status("reading") as progress:
         text = None
         if not arguments.keep_order:
-            text = read_calibration(arguments.source, arguments.text, arguments.tokens)
+            longest = open_source(arguments.source, arguments.drop_mtp).config
+            length = min(SEQUENCE_LENGTH, longest.max_position_embeddings)
+            text = read_calibration(arguments.source, arguments.text, arguments.tokens, length)
         report = convert_checkpoint(
             arguments.source,
             arguments.out,
