@@ -33,6 +33,8 @@ QUANTIZATION = {
     "weight_block_size": [128, 128],
 }
 
+PLAIN = {"quantization_config": None, "dtype": "float32"}
+
 
 def is_quantised(name: str) -> bool:
     return name.endswith("proj.weight") or name.endswith("proj_with_mqa.weight")
@@ -106,7 +108,7 @@ def test_fp8_is_taken_in_as_bf16(fp8_source: Path, tmp_path: Path) -> None:
     assert theirs[kv].shape == (576, 160)
     assert theirs[f"{kv}_scale_inv"].shape == (5, 2)
     assert index[kv] != index[f"{kv}_scale_inv"]
-    report = convert_checkpoint(fp8_source, tmp_path / "out", text())
+    report = convert_checkpoint(fp8_source, tmp_path / "out", text(), pool="prefix")
     ours = read_folder(tmp_path / "out")
     plain = {
         name: by_hand(tensor, theirs[f"{name}_scale_inv"]) if is_quantised(name) else tensor
@@ -114,9 +116,8 @@ def test_fp8_is_taken_in_as_bf16(fp8_source: Path, tmp_path: Path) -> None:
         if not name.endswith("_scale_inv")
     }
     assert_is_permuted(ours, plain, report.expert_order)
-    reference = DeepseekV3ForCausalLM.from_pretrained(fp8_source.parent / "plain").float()
     state = {name: tensor.float() for name, tensor in plain.items()}
-    store(tmp_path / "plain", state, json.loads(reference.config.to_json_string()))
+    store(tmp_path / "plain", state, json.loads((fp8_source / "config.json").read_text()) | PLAIN)
     reference = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "plain").eval()
     model = DvpaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     expected = logits_of(reference, unseen())
@@ -125,7 +126,18 @@ def test_fp8_is_taken_in_as_bf16(fp8_source: Path, tmp_path: Path) -> None:
     export_tier(tmp_path / "out", "top", tmp_path / "again", dtype="fp8")
     again = read_folder(tmp_path / "again")
     assert again.keys() == theirs.keys()
-    assert all(again[name].dtype == theirs[name].dtype for name in theirs)
+    for name, tensor in theirs.items():
+        assert again[name].dtype == tensor.dtype
+        if not is_quantised(name):
+            continue
+        moved = name
+        if ".experts." in name:
+            layer, expert = name.split(".")[2], int(name.split(".")[5])
+            place = report.expert_order[layer].index(expert)
+            moved = name.replace(f".experts.{expert}.", f".experts.{place}.")
+        assert torch.equal(again[moved].view(torch.uint8), tensor.view(torch.uint8)), name
+        scales = (again[f"{moved}_scale_inv"], theirs[f"{name}_scale_inv"])
+        torch.testing.assert_close(*scales, rtol=2**-8, atol=0)
     assert (
         json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
         == QUANTIZATION
@@ -138,7 +150,8 @@ def assert_is_permuted(
     """Every tensor of theirs is in ours, bit for bit, experts in their recorded order."""
     left = set(ours)
     for name, tensor in theirs.items():
-        layer = name.split(".")[2]
+        if ".mlp." in name:
+            layer = name.split(".")[2]
         if ".experts." in name:
             expert = int(name.split(".")[5])
             place = orders[layer].index(expert)
@@ -170,8 +183,8 @@ def test_round_trip_is_bit_for_bit(pool: str, tmp_path: Path) -> None:
     again = read_folder(tmp_path / "again")
     assert again.keys() == theirs.keys()
     for name, tensor in theirs.items():
-        layer = name.split(".")[2]
-        if layer in report.expert_order and ".mlp." in name and "shared" not in name:
+        layer = name.split(".")[2] if ".mlp." in name else ""
+        if layer in report.expert_order and "shared" not in name:
             order = report.expert_order[layer]
             if pool == "striped":  # experts go back to their own groups
                 order = [order[place * 4 + group] for group in range(4) for place in range(4)]

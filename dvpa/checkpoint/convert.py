@@ -1,6 +1,6 @@
 """A Mixture-of-Experts checkpoint of another family as a dvpa checkpoint with nested tiers.
 
-Experts are ranked by what they add on a calibration text (REAP, see `layer_stream`) and stored most
+Experts are ranked by what they add on a calibration text (REAP, see `importance`) and stored most
 important first, so that a tier's pool is a prefix; experts whose outputs dwarf all others come
 first whatever their rank. Routing is untouched but for the experts' numbers: the top tier computes
 what the source computes. Nothing is trained; the report says what each tier loses by that.
@@ -21,10 +21,10 @@ from dvpa.architecture import TOP_TIER_FIELDS
 from dvpa.checkpoint.calibration_text import CalibrationText
 from dvpa.checkpoint.export import COPIED_FILES
 from dvpa.checkpoint.families import limits_groups
-from dvpa.checkpoint.layer_stream import (
+from dvpa.checkpoint.importance import (
     Importance,
     Progress,
-    importance,
+    measure_importance,
     super_experts,
     tier_losses,
 )
@@ -147,7 +147,7 @@ def convert_checkpoint(
             f"calibration text: token {int(text.ids.max())} must be below vocab_size = {size}"
         )
     with staged_folder(Path(out)) as folder:  # refuses a full `out` before the long work
-        measured = None if text is None else importance(opened, text.measuring, progress)
+        measured = None if text is None else measure_importance(opened, text.measuring, progress)
         pinned = super_experts(measured.peaks) if measured else []
         plans = {
             kind: (config, _orders(opened.config, measured, pinned, kind))
