@@ -1,16 +1,21 @@
 """Architecture and tiers of a dvpa model, and the strict YAML for them; no Transformers.
 
-Fields are DeepSeek-V3's own plus `tiers` (base first) and `difficulty`. Top-level
+Fields are DeepSeek-V3's own plus `tiers` (base first), `pool` and `difficulty`. Top-level
 `n_routed_experts`, `num_experts_per_tok`, `topk_group` and `routed_scaling_factor` describe the
 top tier. Everything is validated on construction, so that whoever reads it never has to check.
 `dvpa.config.DvpaConfig` is the same thing as a Transformers config; pricing needs only this.
+
+A tier's pool is always the experts 0 .. pool_size - 1. With `pool: prefix` experts are stored group
+by group, and a tier has the first groups. With `pool: striped` they are stored in stripes, one
+expert of every group (expert e is of group e % n_group), and a tier has the first
+`experts_per_group` of every group.
 """
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
@@ -19,13 +24,18 @@ from dvpa.validation import validate_config
 
 @dataclass(frozen=True)
 class TierConfig:
-    """One tier: which prefix of the expert groups it may use and how it routes inside it."""
+    """One tier: which experts it may use and how it routes among them.
+
+    `num_groups` is all of them in a striped pool, and may be left out there; `experts_per_group`
+    is for striped pools only.
+    """
 
     name: str
     num_groups: int
     top_k: int
     topk_group: int
     routed_scaling_factor: float
+    experts_per_group: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,12 +67,18 @@ class Architecture:
     routed_scaling_factor: float | None = None
     n_group: int = 8
     topk_group: int | None = None
-    kv_lora_rank: int = 32
+    pool: str = "prefix"  # or "striped": what of the groups a tier may use
+    num_key_value_heads: Any = None  # int, once constructed: as many as heads; no others in MLA
+    head_dim: Any = None  # int, once constructed: grouped-query attention's; MLA's follow below
+    qk_norm: str | None = None  # grouped-query attention: norms over each "head" or "projection"
+    kv_lora_rank: Any = 32  # int; None: grouped-query attention in place of MLA
     q_lora_rank: int | None = None
     qk_rope_head_dim: int = 16
     qk_nope_head_dim: int = 16
     v_head_dim: int = 16
     first_k_dense_replace: int = 1
+    scoring_func: str = "sigmoid"  # or "softmax", over the tier's pool, as in DeepSeek-V2
+    topk_method: str = "noaux_tc"  # groups by their two best; "group_limited_greedy": by their best
     norm_topk_prob: bool = True
     hidden_act: str = "silu"
     max_position_embeddings: int = 4096
@@ -86,6 +102,7 @@ class Architecture:
 
     def resolve(self) -> None:
         """What construction does after the fields are set."""
+        self._resolve_attention()
         if self.tiers is None:  # one tier: an ordinary DeepSeek-V3 model
             self.tiers = [
                 {
@@ -96,9 +113,14 @@ class Architecture:
                     "routed_scaling_factor": self.routed_scaling_factor or 1.0,
                 }
             ]
+            if self.pool == "striped":
+                self.tiers[0]["experts_per_group"] = self.n_routed_experts // self.n_group
         if not isinstance(self.tiers, list) or not self.tiers:
             raise ValueError(f"tiers: {self.tiers!r} must be a non-empty list, base tier first")
-        self.tiers = [_record(TierConfig, tier, f"tiers[{i}]") for i, tier in enumerate(self.tiers)]
+        self.tiers = [
+            _record(TierConfig, self._with_pool(tier), f"tiers[{i}]")
+            for i, tier in enumerate(self.tiers)
+        ]
         if self.difficulty is not None:
             self.difficulty = _record(DifficultyConfig, self.difficulty, "difficulty")
         for name, of_tier in TOP_TIER_FIELDS.items():
@@ -110,6 +132,35 @@ class Architecture:
                 )
             setattr(self, name, expected)
         validate_config(self)
+
+    def _resolve_attention(self) -> None:
+        """Widths of heads; for grouped-query attention MLA's, of heads that are rotated whole."""
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.kv_lora_rank is not None:
+            if self.head_dim not in (None, self.qk_rope_head_dim):
+                raise ValueError(
+                    f"head_dim: {self.head_dim} must be qk_rope_head_dim = {self.qk_rope_head_dim} "
+                    "(or be left out): it is grouped-query attention's"
+                )
+            self.head_dim = self.qk_rope_head_dim
+            return
+        if self.head_dim is None and self.num_attention_heads:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        for name, width in LATENT_WIDTHS.items():
+            ours = 0 if name == "qk_nope_head_dim" else self.head_dim
+            if getattr(self, name) not in (width, ours):
+                raise ValueError(
+                    f"{name}: {getattr(self, name)} must be left out: kv_lora_rank is null, which "
+                    "is grouped-query attention"
+                )
+            setattr(self, name, ours)
+
+    def _with_pool(self, tier: Any) -> Any:
+        """A tier's mapping; in a striped pool with all groups, which go without saying there."""
+        if self.pool == "striped" and isinstance(tier, Mapping):
+            return {"num_groups": self.n_group, **tier}
+        return tier
 
     @property
     def num_tiers(self) -> int:
@@ -131,9 +182,37 @@ class Architecture:
         """Routed experts per group."""
         return self.n_routed_experts // self.n_group
 
+    @property
+    def kv_width(self) -> int:
+        """Values that the cache keeps of a position in one layer."""
+        if self.kv_lora_rank is not None:
+            return int(self.kv_lora_rank + self.qk_rope_head_dim)
+        return int(2 * self.num_key_value_heads * self.head_dim)
+
+    @property
+    def unit_size(self) -> int:
+        """Experts of a unit, contiguous, by which pools grow: a group, or a stripe (striped pools).
+
+        Units are what is paged, and what is spread over ranks.
+        """
+        return self.n_group if self.pool == "striped" else self.group_size
+
+    @property
+    def num_units(self) -> int:
+        """Units of all routed experts."""
+        return self.n_routed_experts // self.unit_size
+
+    def tier_units(self, tier: int) -> int:
+        """Units that `tier` may choose from: the first so many."""
+        return self.pool_size(tier) // self.unit_size
+
+    def experts_per_group(self, tier: int) -> int:
+        """Experts of a group that `tier` may choose from."""
+        return self._tier(tier).experts_per_group or self.group_size
+
     def pool_size(self, tier: int) -> int:
         """Number of routed experts that `tier` may choose from: experts 0 .. pool_size - 1."""
-        return self._tier(tier).num_groups * self.group_size
+        return self._tier(tier).num_groups * self.experts_per_group(tier)
 
     def tier_index(self, name_or_index: int | str) -> int:
         """Index of a tier given by name or index.
@@ -158,6 +237,11 @@ class Architecture:
         return tier_config
 
 
+LATENT_WIDTHS = {  # and their defaults
+    name: getattr(Architecture, name)
+    for name in ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+}
+
 TOP_TIER_FIELDS = {
     "num_experts_per_tok": "top_k",
     "topk_group": "topk_group",
@@ -172,14 +256,19 @@ def _record(kind: type[Any], value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise ValueError(f"{where}: {value!r} must be a mapping")
     allowed = [field.name for field in fields(kind)]
-    unknown, missing = sorted(set(value) - set(allowed)), [n for n in allowed if n not in value]
+    needed = [field.name for field in fields(kind) if field.default is MISSING]
+    unknown, missing = sorted(set(value) - set(allowed)), [n for n in needed if n not in value]
     if unknown:
         raise ValueError(f"{where}.{unknown[0]}: unknown key; allowed: {', '.join(allowed)}")
     if missing:
-        raise ValueError(f"{where}.{missing[0]}: missing; needed: {', '.join(allowed)}")
+        raise ValueError(f"{where}.{missing[0]}: missing; needed: {', '.join(needed)}")
     values: dict[str, Any] = {}
     for field in fields(kind):
-        given, wanted = value[field.name], field.type
+        given, wanted = value.get(field.name), field.type
+        if field.name not in needed:
+            if given is None:
+                continue
+            wanted = get_args(wanted)[0]
         assert isinstance(wanted, type)
         fits = isinstance(given, int | float if wanted is float else wanted)
         if not fits or isinstance(given, bool):

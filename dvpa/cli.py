@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dvpa import __version__
 from dvpa import cli_commands as run
+from dvpa.cli_convert import add_convert_arguments, add_export_arguments
 from dvpa.cli_plan import add_train_arguments
 from dvpa.command_line import BAD_INPUT, INTERRUPTED, Parser, one_line
 
@@ -135,20 +136,23 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--tier", default="auto", help="a tier's name or index (default: auto)")
     generate.add_argument("--max-new-tokens", type=_positive, default=64, help="default: 64")
 
+    convert = add(
+        "convert",
+        run.convert,
+        "take in another family's MoE checkpoint as nested tiers",
+        "models/OLMoE-1B-7B runs/olmoe --text my.txt",
+    )
+    add_convert_arguments(convert)
+    _add_json(convert)
+
     export = add(
         "export",
         run.export,
-        "write one tier as a plain deepseek_v3 checkpoint",
+        "write one tier as a plain checkpoint (deepseek_v3, or the family it came from)",
         "runs/demo/checkpoint --tier base runs/base",
     )
-    export.add_argument("checkpoint", metavar="CKPT", type=Path, help="a dvpa checkpoint")
-    export.add_argument("--tier", required=True, help="a tier's name or index")
-    export.add_argument("out", metavar="OUT", type=Path, help="a new folder")
-    export.add_argument(
-        "--keep-mtp",
-        action="store_true",
-        help="keep the multi-token prediction module, for engines that draft with it",
-    )
+    add_export_arguments(export)
+    _add_json(export)
 
     serve = add(
         "serve",

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dvpa.cli_convert import check_convert, check_export, convert_run, export_run, list_run
 from dvpa.cli_output import (
     console,
     show_bench,
@@ -117,21 +118,27 @@ def generate(arguments: argparse.Namespace) -> None:
             show_record("telemetry", piece.telemetry.to_dict())
 
 
+def convert(arguments: argparse.Namespace) -> None:
+    """Take in another family's checkpoint."""
+    check_convert(arguments)
+    if not (arguments.source / "config.json").is_file():
+        raise FileNotFoundError(f"{arguments.source}: not a checkpoint folder (no config.json)")
+    _require_new(arguments.out)
+    with _quiet_transformers(), _reading(arguments.source):
+        convert_run(arguments)
+
+
 def export(arguments: argparse.Namespace) -> None:
-    """Write one tier as a plain deepseek_v3 checkpoint."""
+    """Write one tier as a plain checkpoint, or list what all of them would weigh."""
+    check_export(arguments)
     _require_checkpoint(arguments.checkpoint)
+    if arguments.list:
+        with _quiet_transformers(), _reading(arguments.checkpoint):
+            list_run(arguments)
+        return
     _require_new(arguments.out)
     with _quiet_transformers(), _reading(arguments.checkpoint):
-        from dvpa.checkpoint.export import export_tier
-
-        report = export_tier(
-            arguments.checkpoint, arguments.tier, arguments.out, keep_mtp=arguments.keep_mtp
-        )
-    console().print(f"deepseek_v3 checkpoint of tier {arguments.tier}: {arguments.out}")
-    if report.dropped_mtp:
-        console().print(
-            f"left out (--keep-mtp): {report.dropped_mtp} tensors of multi-token prediction"
-        )
+        export_run(arguments)
 
 
 def serve(arguments: argparse.Namespace) -> None:

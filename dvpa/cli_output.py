@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -42,7 +43,7 @@ def show_plan(name: str, tiers: Sequence[Any], priced: "ModelPrice") -> None:
     from rich.table import Table
 
     table = Table(
-        title=f"{name}: {_params(priced.total_params)} parameters",
+        title=f"{name}: {params_of(priced.total_params)} parameters",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),  # ten columns have to fit into 80 characters
@@ -57,18 +58,18 @@ def show_plan(name: str, tiers: Sequence[Any], priced: "ModelPrice") -> None:
             cost.name,
             str(tier.num_groups),
             str(tier.top_k),
-            _params(cost.activated_params),
+            params_of(cost.activated_params),
             f"{cost.ratio_to_top:.0%}",
-            _params(cost.tier_params),
-            _count(cost.flops_per_token),
+            params_of(cost.tier_params),
+            count_of(cost.flops_per_token),
             f"{cost.kv_bytes_per_token:,}",
-            _count(cost.weight_bytes) + "B",
-            _count(cost.weight_bytes_fp8) + "B",
+            count_of(cost.weight_bytes) + "B",
+            count_of(cost.weight_bytes_fp8) + "B",
         )
     console().print(table)
     if priced.mtp_params:
         console().print(
-            f"beside them, for training and drafts: {_params(priced.mtp_params)} parameters of "
+            f"beside them, for training and drafts: {params_of(priced.mtp_params)} parameters of "
             "multi-token prediction"
         )
 
@@ -92,7 +93,7 @@ def show_bench(name: str, rows: Sequence["BenchRow"]) -> None:
             f"{row.tokens_per_s:.1f}",
             f"{row.tokens_per_cpu_s:.1f}",
             f"{row.tokens_per_s / beside.tokens_per_s:.2f}",
-            _params(row.activated_params),
+            params_of(row.activated_params),
             f"{row.activated_params / beside.activated_params:.2f}",
         )
     console().print(table)
@@ -118,6 +119,19 @@ def show_progress(items: Iterable[T], text: str) -> Iterator[T]:
             yield item
 
 
+@contextmanager
+def show_status(text: str) -> Iterator[Callable[[str], None]]:
+    """A spinner with a text on stderr where that is a terminal; gives what changes the text."""
+    from rich.console import Console
+
+    stderr = Console(stderr=True)
+    if not stderr.is_terminal:
+        yield lambda text: None
+        return
+    with stderr.status(text) as status:
+        yield status.update
+
+
 def show_record(title: str, record: Mapping[str, Any]) -> None:
     """Print one record, a field per row."""
     from rich.table import Table
@@ -136,12 +150,12 @@ def _cell(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def _params(number: float) -> str:
+def params_of(number: float) -> str:
     """A number of parameters, whose unit above the million is B by custom."""
-    return _count(number).replace("G", "B")
+    return count_of(number).replace("G", "B")
 
 
-def _count(number: float) -> str:
+def count_of(number: float) -> str:
     """A count with three digits and a decimal unit, as in 31.8G."""
     for unit in ("", "K", "M", "G", "T"):
         if abs(number) < 999.5 or unit == "T":

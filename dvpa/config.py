@@ -40,17 +40,9 @@ class DvpaConfig(Architecture, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Derive what Transformers reads, resolve and validate the architecture."""
-        self.num_key_value_heads = kwargs.pop("num_key_value_heads", self.num_attention_heads)
+        kwargs.pop("qk_head_dim", None)  # derived, but config.json carries it too
+        self.resolve()  # sets head_dim, which Transformers' rotary embedding reads
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
-        self.head_dim = self.qk_rope_head_dim  # what Transformers' rotary embedding reads
-        for derived in ("qk_head_dim", "head_dim"):  # config.json carries them too
-            kwargs.pop(derived, None)
-        if self.num_key_value_heads != self.num_attention_heads:
-            raise ValueError(
-                f"num_key_value_heads: {self.num_key_value_heads} must be num_attention_heads = "
-                f"{self.num_attention_heads} (or be left out): MLA has no grouped heads"
-            )
-        self.resolve()
         PreTrainedConfig.__post_init__(self, **kwargs)
 
     def truncate(self, num_tiers: int) -> "DvpaConfig":
@@ -85,6 +77,8 @@ class DvpaConfig(Architecture, PreTrainedConfig):
         """JSON-ready dictionary; tiers and difficulty as plain mappings."""
         data = super().to_dict()
         data["tiers"] = [asdict(tier) for tier in self.tiers or ()]
+        for tier in data["tiers"]:  # one of the two says it all
+            tier.pop("num_groups" if self.pool == "striped" else "experts_per_group")
         data["difficulty"] = None if self.difficulty is None else asdict(self.difficulty)
         return data
 

@@ -34,7 +34,7 @@ class TierPrice:
         activated_params: parameters a token multiplies with; the embedding row is not counted.
         tier_params: parameters of the tier exported as a `deepseek_v3` model of its own.
         flops_per_token: 2 * activated_params plus the attention over `context` earlier tokens.
-        kv_bytes_per_token: bytes of bf16 latent cache per token, over all layers.
+        kv_bytes_per_token: bytes of bf16 cache per token, over all layers.
         weight_bytes: bytes of the exported tier in bf16 (selection bias in fp32).
         weight_bytes_fp8: the same with attention and MLP matrices in block-scaled FP8.
         ratio_to_top: activated_params divided by the top tier's.
@@ -141,9 +141,7 @@ def _tier_price(
         activated_params=activated,
         tier_params=stored,
         flops_per_token=2 * activated + _attention_flops(config, context, config.num_hidden_layers),
-        kv_bytes_per_token=BF16_BYTES
-        * (config.kv_lora_rank + config.qk_rope_head_dim)
-        * config.num_hidden_layers,
+        kv_bytes_per_token=BF16_BYTES * config.kv_width * config.num_hidden_layers,
         weight_bytes=BF16_BYTES * stored + bias_bytes,
         weight_bytes_fp8=fp8_bytes + bias_bytes,
         ratio_to_top=activated / activated_top,
@@ -230,9 +228,12 @@ def _mlp(config: "Architecture", width: int, stored: int, active: int) -> Iterat
 
 
 def _attention(config: "Architecture") -> Iterator[_Weight]:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), one layer."""
+    """One layer's: latent (DeepSeek-V2, arXiv 2405.04434, section 2.1) or grouped-query."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     query_width = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+    if config.kv_lora_rank is None:
+        yield from _grouped_attention(config, query_width)
+        return
     latent_width = config.kv_lora_rank + config.qk_rope_head_dim
     biased = [latent_width, hidden] if config.attention_bias else []  # kv_a_proj, o_proj
     if config.q_lora_rank is None:
@@ -249,6 +250,19 @@ def _attention(config: "Architecture") -> Iterator[_Weight]:
     yield _Weight((hidden, heads * config.v_head_dim), quantized=True)
     for width in biased:
         yield _Weight((width,))
+
+
+def _grouped_attention(config: "Architecture", query_width: int) -> Iterator[_Weight]:
+    hidden, key_width = config.hidden_size, config.kv_width // 2
+    for width in (query_width, key_width, key_width):
+        yield _Weight((width, hidden), quantized=True)
+    yield _Weight((hidden, query_width), quantized=True)
+    for width in (query_width, key_width, key_width, hidden) if config.attention_bias else ():
+        yield _Weight((width,))
+    if config.qk_norm is not None:
+        is_by_head = config.qk_norm == "head"
+        for width in (query_width, key_width):
+            yield _Weight((config.head_dim if is_by_head else width,))
 
 
 def _top_k(config: "Architecture", tier: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 _POSITIVE = """
 vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads
-n_routed_experts n_group kv_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim
+num_key_value_heads n_routed_experts n_group qk_rope_head_dim v_head_dim head_dim
 max_position_embeddings
 """
 _SWITCHES = "norm_topk_prob use_cache rope_interleave attention_bias tie_word_embeddings"
@@ -17,6 +17,11 @@ _NUMBERS = {
     "initializer_range": (0.0, 10.0),
     "rms_norm_eps": (0.0, 1.0),
     "attention_dropout": (0.0, 1.0),
+}
+CHOICES = {
+    "pool": ("prefix", "striped"),
+    "scoring_func": ("sigmoid", "softmax"),
+    "topk_method": ("noaux_tc", "group_limited_greedy"),
 }
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
@@ -28,6 +33,7 @@ def validate_config(config: Any) -> None:
         ValueError: the first field that is wrong.
     """
     _validate_values(config)
+    _validate_attention(config)
     if config.qk_rope_head_dim % 2:
         raise ValueError(f"qk_rope_head_dim: {config.qk_rope_head_dim} must be even")
     if not 0 <= config.first_k_dense_replace < config.num_hidden_layers:
@@ -45,6 +51,11 @@ def validate_config(config: Any) -> None:
             f"n_group: {config.n_group} leaves {config.group_size} expert per group; "
             "group scores need 2"
         )
+    for name, choices in CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise ValueError(
+                f"{name}: {getattr(config, name)!r} must be one of {', '.join(choices)}"
+            )
     _validate_tiers(config)
     if config.difficulty is not None:
         probe = config.difficulty.probe_layer
@@ -76,8 +87,10 @@ def _validate_values(config: Any) -> None:
             f"num_nextn_predict_layers: {config.num_nextn_predict_layers!r} must be 0 or 1 "
             "(the module predicts one token further)"
         )
-    if config.q_lora_rank is not None and not _is_whole(config.q_lora_rank, 1):
-        raise ValueError(f"q_lora_rank: {config.q_lora_rank!r} must be null or positive and whole")
+    for name in ("q_lora_rank", "kv_lora_rank"):
+        value = getattr(config, name)
+        if value is not None and not _is_whole(value, 1):
+            raise ValueError(f"{name}: {value!r} must be null or positive and whole")
     for name in _SWITCHES.split():
         if not isinstance(getattr(config, name), bool):
             raise ValueError(f"{name}: {getattr(config, name)!r} must be true or false")
@@ -105,23 +118,42 @@ def _validate_values(config: Any) -> None:
         raise ValueError(f"rope_parameters.factor: {factor!r} must be a number, 1 or more")
 
 
+def _validate_attention(config: Any) -> None:
+    """Fields that only one of the two kinds of attention has."""
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if config.kv_lora_rank is not None:
+        if not _is_whole(config.qk_nope_head_dim, 1):
+            raise ValueError(
+                f"qk_nope_head_dim: {config.qk_nope_head_dim!r} must be a positive whole number"
+            )
+        if groups != heads:
+            raise ValueError(
+                f"num_key_value_heads: {groups} must be num_attention_heads = {heads} (or be left "
+                "out): MLA has no grouped heads"
+            )
+        if config.qk_norm is not None:
+            raise ValueError(f"qk_norm: {config.qk_norm!r} must be null: MLA has norms of its own")
+        return
+    if config.q_lora_rank is not None:
+        raise ValueError(f"q_lora_rank: {config.q_lora_rank} must be null where kv_lora_rank is")
+    if heads % groups:
+        raise ValueError(f"num_key_value_heads: {groups} must divide num_attention_heads = {heads}")
+    if config.qk_norm not in (None, "head", "projection"):
+        raise ValueError(f"qk_norm: {config.qk_norm!r} must be null, 'head' or 'projection'")
+
+
 def _validate_tiers(config: Any) -> None:
     previous = 0
     for i, tier in enumerate(config.tiers or ()):
-        where, pool = f"tiers[{i}]", tier.num_groups * config.group_size
+        where, pool = f"tiers[{i}]", config.pool_size(i)
         if not tier.name or tier.name == "auto" or tier.name.isdecimal():
             raise ValueError(f"{where}.name: {tier.name!r} must be a word other than 'auto'")
-        if not previous < tier.num_groups <= config.n_group:
-            raise ValueError(
-                f"{where}.num_groups: {tier.num_groups} must be in {previous + 1} .. "
-                f"{config.n_group} (strictly increasing whole groups)"
-            )
-        previous = tier.num_groups
+        previous = _validate_pool(config, tier, where, previous)
         if not 1 <= tier.topk_group <= tier.num_groups:
             raise ValueError(
                 f"{where}.topk_group: {tier.topk_group} must be in 1 .. {tier.num_groups}"
             )
-        reachable = tier.topk_group * config.group_size
+        reachable = tier.topk_group * config.experts_per_group(i)
         if not 1 <= tier.top_k <= reachable:
             raise ValueError(
                 f"{where}.top_k: {tier.top_k} must be in 1 .. {reachable} (its pool has {pool} "
@@ -133,10 +165,43 @@ def _validate_tiers(config: Any) -> None:
             raise ValueError(
                 f"{where}.routed_scaling_factor: {tier.routed_scaling_factor} must be positive"
             )
-    if previous != config.n_group:
+    if config.pool == "prefix" and previous != config.n_group:
         raise ValueError(
             f"tiers[{config.top_tier}].num_groups: {previous} must be n_group = {config.n_group}: "
             "the top tier uses every group"
         )
+    if config.pool == "striped" and previous != config.group_size:
+        raise ValueError(
+            f"tiers[{config.top_tier}].experts_per_group: {previous} must be all of a group's "
+            f"{config.group_size}: the top tier uses every expert"
+        )
     if len(set(config.tier_names)) != config.num_tiers:
         raise ValueError(f"tiers: names must differ, got {', '.join(config.tier_names)}")
+
+
+def _validate_pool(config: Any, tier: Any, where: str, previous: int) -> int:
+    """What a tier says of its pool; returns its groups, or its share of each in a striped pool."""
+    if config.pool == "prefix":
+        if tier.experts_per_group is not None:
+            raise ValueError(
+                f"{where}.experts_per_group: {tier.experts_per_group} is for pool: striped"
+            )
+        if not previous < tier.num_groups <= config.n_group:
+            raise ValueError(
+                f"{where}.num_groups: {tier.num_groups} must be in {previous + 1} .. "
+                f"{config.n_group} (strictly increasing whole groups)"
+            )
+        return int(tier.num_groups)
+    if tier.num_groups != config.n_group:
+        raise ValueError(
+            f"{where}.num_groups: {tier.num_groups} must be n_group = {config.n_group} (or be left "
+            "out): a striped pool has a part of every group"
+        )
+    share = tier.experts_per_group
+    low = max(previous + 1, 2)  # group scores need 2
+    if share is None or not low <= share <= config.group_size:
+        raise ValueError(
+            f"{where}.experts_per_group: {share} must be in {low} .. {config.group_size} "
+            "(strictly increasing)"
+        )
+    return int(share)

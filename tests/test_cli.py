@@ -16,7 +16,7 @@ from dvpa.cli import main
 from dvpa.tasks.tokenizer import train_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-COMMANDS = ("demo", "plan", "init", "train", "score", "generate", "export", "bench")
+COMMANDS = ("demo", "plan", "init", "train", "score", "generate", "convert", "export", "bench")
 EXPERT = "model.layers.1.mlp.experts.3.down_proj.weight"
 
 

@@ -28,6 +28,16 @@ def tiers_with(index: int, **changes: Any) -> dict[str, Any]:
     return {"tiers": tiers}
 
 
+def striped(*shares: int | None) -> dict[str, Any]:
+    """Tiers that have so many experts of each group."""
+    tiers = [
+        {"name": f"t{i}", "experts_per_group": share, "top_k": 2, "topk_group": 4,
+         "routed_scaling_factor": 1.0}
+        for i, share in enumerate(shares)
+    ]  # fmt: skip
+    return {"pool": "striped", "tiers": tiers}
+
+
 BAD = [
     ({"vocab_size": 0}, "vocab_size: 0 must be a positive whole number"),
     ({"hidden_size": 32.0}, "hidden_size: 32.0 must be a positive"),
@@ -64,10 +74,19 @@ BAD = [
     ({"num_experts_per_tok": 4}, "num_experts_per_tok: 4 must equal the top tier's top_k, 5"),
     ({"topk_group": 4}, "topk_group: 4 must equal the top tier's"),
     ({"routed_scaling_factor": 1.0}, "routed_scaling_factor: 1.0 must equal"),
+    ({"pool": "middle"}, "pool: 'middle' must be one of prefix, striped"),
+    ({"scoring_func": "relu"}, "scoring_func: 'relu' must be one of sigmoid, softmax"),
+    ({"topk_method": "greedy"}, "topk_method: 'greedy' must be one of noaux_tc, group_limited"),
     ({"tiers": []}, r"tiers: \[\] must be a non-empty list"),
     ({"tiers": {"a": 1}}, "tiers: .* must be a non-empty list"),
     ({"tiers": [3]}, r"tiers\[0\]: 3 must be a mapping"),
     (tiers_with(0, size=3), r"tiers\[0\].size: unknown key; allowed: name, num_groups"),
+    (tiers_with(0, experts_per_group=2), r"tiers\[0\].experts_per_group: 2 is for pool: striped"),
+    ({"pool": "striped"}, r"tiers\[0\].num_groups: 1 must be n_group = 4 \(or be left out\)"),
+    (striped(1, 2, 4), r"tiers\[0\].experts_per_group: 1 must be in 2 \.\. 4"),
+    (striped(2, 2, 4), r"tiers\[1\].experts_per_group: 2 must be in 3 \.\. 4"),
+    (striped(2, 3), r"tiers\[1\].experts_per_group: 3 must be all of a group's 4"),
+    (striped(2, None), r"tiers\[1\].experts_per_group: None must be in 3 \.\. 4"),
     ({"tiers": [{"name": "a"}]}, r"tiers\[0\].num_groups: missing; needed"),
     (tiers_with(1, top_k=2.5), r"tiers\[1\].top_k: 2.5 must be of type int"),
     (tiers_with(1, top_k=True), r"tiers\[1\].top_k: True must be of type int"),
@@ -239,3 +258,17 @@ def test_configs_are_found_from_anywhere(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_config(name).samefile(CONFIGS / "pico.yaml")
+
+
+def test_a_striped_pool_is_a_part_of_every_group() -> None:
+    config = tiny_config(**striped(2, 4))
+    assert [config.pool_size(tier) for tier in range(2)] == [8, 16]
+    assert (config.unit_size, config.num_units, config.tier_units(0)) == (4, 4, 2)
+    data = config.to_dict()
+    assert [tier["experts_per_group"] for tier in data["tiers"]] == [2, 4]
+    assert not any("num_groups" in tier for tier in data["tiers"])
+    assert DvpaConfig.from_dict(data).tiers == config.tiers
+    small = config.truncate(1)
+    assert (small.n_group, small.n_routed_experts, small.group_size) == (4, 8, 2)
+    alone = DvpaConfig(pool="striped", n_routed_experts=16, n_group=4, num_experts_per_tok=2)
+    assert alone.pool_size(0) == 16

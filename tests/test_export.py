@@ -133,7 +133,8 @@ def test_bf16_stays_bf16_with_an_fp32_bias(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "checkpoint")
     export_tier(tmp_path / "checkpoint", 2, tmp_path / "out")
     result = load_file(tmp_path / "out" / "model.safetensors")
-    assert "lm_head.weight" not in result
+    assert torch.equal(result["lm_head.weight"], result["model.embed_tokens.weight"])
+    assert not json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
     for name, tensor in result.items():
         wanted = torch.float32 if name.endswith("correction_bias") else torch.bfloat16
         assert tensor.dtype == wanted, name

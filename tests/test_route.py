@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from test_cpu_kernel import DTYPE, ISA, needs_kernel
 from torch import Tensor
 
+from dvpa.engine.layers import Router
 from dvpa.model.attention import DvpaRMSNorm, rotate
 from dvpa.model.experts import DvpaMLP
 from dvpa.model.router import DvpaRouter, TierPlan
@@ -29,16 +30,24 @@ TABLE = RouterTable((4, 8, 16), (2, 3, 5), (1, 1, 3), (1.4, 1.7, 2.2), 4, True)
 
 def random_table(data: st.DataObject) -> RouterTable:
     """Tiers that grow, limited to some of their groups or not."""
-    group_size = data.draw(st.integers(2, 9))
-    groups = sorted(data.draw(st.sets(st.integers(1, 9), min_size=1, max_size=3)))
-    kept = tuple(data.draw(st.integers(1, count)) for count in groups)
+    sizes = sorted(data.draw(st.sets(st.integers(2, 9), min_size=1, max_size=3)))
+    size, is_striped = data.draw(st.integers(2, 9)), data.draw(st.booleans())
+    # Striped: `size` groups, of which the tiers have so many experts each; else so many groups.
+    kept = tuple(data.draw(st.integers(1, size if is_striped else count)) for count in sizes)
+    members = sizes if is_striped else [size] * len(sizes)
     return RouterTable(
-        pool_sizes=tuple(count * group_size for count in groups),
-        top_k=tuple(data.draw(st.integers(1, min(count * group_size, 8))) for count in kept),
+        pool_sizes=tuple(count * size for count in sizes),
+        top_k=tuple(
+            data.draw(st.integers(1, min(groups * count, 8)))
+            for groups, count in zip(kept, members, strict=True)
+        ),
         topk_group=kept,
-        scaling=tuple(0.5 + tier for tier in range(len(groups))),
-        group_size=group_size,
+        scaling=tuple(0.5 + tier for tier in range(len(sizes))),
+        group_size=1 if is_striped else size,
         norm_topk_prob=data.draw(st.booleans()),
+        softmax=data.draw(st.booleans()),
+        best_of_group=data.draw(st.sampled_from([1, 2])),
+        stripes=size if is_striped else 0,
     )
 
 
@@ -58,12 +67,18 @@ def choose(
     scores: list[float], bias: list[float], table: RouterTable, tier: int
 ) -> tuple[list[int], list[float]]:
     """One token's experts and weights, by sorting."""
-    size, pool = table.group_size, table.pool_sizes[tier]
+    pool = table.pool_sizes[tier]
     choice = torch.tensor(scores[:pool]) + torch.tensor(bias[:pool])  # in fp32, as the kernel adds
-    groups = choice.view(-1, size)
-    best_two = groups.sort(descending=True).values[:, :2].sum(-1).tolist()
-    kept = sorted(range(len(best_two)), key=lambda group: (-best_two[group], group))
-    allowed = {expert for expert in range(pool) if expert // size in kept[: table.topk_group[tier]]}
+    groups: dict[int, list[int]] = {}
+    for expert in range(pool):
+        group = expert % table.stripes if table.stripes else expert // table.group_size
+        groups.setdefault(group, []).append(expert)
+    best = {
+        group: float(choice[members].sort(descending=True).values[: table.best_of_group].sum())
+        for group, members in groups.items()
+    }
+    kept = sorted(best, key=lambda group: (-best[group], group))[: table.topk_group[tier]]
+    allowed = [expert for group in kept for expert in groups[group]]
     order = sorted(allowed, key=lambda expert: (-float(choice[expert]), expert))
     chosen = order[: table.top_k[tier]]
     total = sum(scores[expert] for expert in chosen) if table.norm_topk_prob else 1.0
@@ -79,10 +94,12 @@ def assert_routed(
 ) -> None:
     """Every token against `choose`, with scores in fp64."""
     router, bias, tiers = given
-    scores = torch.sigmoid(x.double() @ router.double().T)
+    logits = x.double() @ router.double().T
     for t, tier in enumerate(tiers.tolist()):
+        pool = logits[t, : table.pool_sizes[tier]]
+        scores = pool.softmax(-1) if table.softmax else pool.sigmoid()
         expected, weights = ([], []) if tier < 0 else choose(
-            scores[t].tolist(), bias[tier].tolist(), table, tier
+            scores.tolist(), bias[tier].tolist(), table, tier
         )  # fmt: skip
         count = len(expected)
         assert index[t, count:].eq(len(router)).all()
@@ -123,17 +140,33 @@ def test_of_equals_the_lower_index_goes_first(isa: str) -> None:
         assert row == [*range(TABLE.top_k[tier]), *[16] * (5 - TABLE.top_k[tier])]
 
 
+STRIPED = [
+    {"name": "base", "experts_per_group": 2, "top_k": 2, "topk_group": 1,
+     "routed_scaling_factor": 1.41},
+    {"name": "middle", "experts_per_group": 3, "top_k": 3, "topk_group": 2,
+     "routed_scaling_factor": 1.7},
+    {"name": "top", "experts_per_group": 4, "top_k": 5, "topk_group": 3,
+     "routed_scaling_factor": 2.2},
+]  # fmt: skip
+
+
 @ISA
 @DTYPE
-def test_it_is_the_model_s_router(dtype: torch.dtype, isa: str) -> None:
-    config = tiny_config()
+@pytest.mark.parametrize("is_striped", [False, True], ids=["prefix", "striped"])
+@pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
+def test_it_is_the_model_s_router(
+    dtype: torch.dtype, isa: str, is_striped: bool, scoring: str
+) -> None:
+    method = "noaux_tc" if scoring == "sigmoid" else "group_limited_greedy"
+    pools = {"pool": "striped", "tiers": STRIPED} if is_striped else {}
+    config = tiny_config(scoring_func=scoring, topk_method=method, **pools)
     router = DvpaRouter(config).to(dtype)
     x, weight, bias, tiers = operands(TABLE, 50, config.hidden_size, dtype)
     with torch.no_grad():
         router.weight.copy_(weight)
         router.tier_bias.copy_(bias)
         expected = router(x, TierPlan(tiers, 2))
-    table = RouterTable((4, 8, 16), (2, 3, 5), (1, 1, 3), (1.41, 1.7, 2.2), 4, True)
+    table = Router(router).table
     chosen = route_cpu(x, weight, bias, tiers, table, 2, isa=isa)
     assert chosen is not None
     for index, weights in (chosen, route_torch(x, weight, bias, tiers, table, 2)):

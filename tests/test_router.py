@@ -23,18 +23,32 @@ from dvpa.model.router import NO_TIER, DvpaRouter, Routing, TierPlan
 def oracle(
     token: list[float], weight: list[list[float]], bias: list[list[float]], tier: int, config: Any
 ) -> dict[int, float]:
-    """Expert -> weight of one token, by the book: steps 1 to 4 of design.md section 4."""
+    """Expert -> weight of one token, by the book: steps 1 to 4 of design.md section 4.
+
+    Softmax scores are over the tier's pool: what is outside has no part in them.
+    """
     rule = config.tiers[tier]
     size = config.n_routed_experts // config.n_group
-    scores = [
-        1 / (1 + math.exp(-sum(w * u for w, u in zip(r, token, strict=True)))) for r in weight
-    ]
+    is_striped = config.pool == "striped"
+    group_of = [e % config.n_group if is_striped else e // size for e in range(len(weight))]
+    place = [e // config.n_group if is_striped else e % size for e in range(len(weight))]
+    share = rule.experts_per_group if is_striped else size
+    in_pool = [g < rule.num_groups and p < share for g, p in zip(group_of, place, strict=True)]
+    logits = [sum(w * u for w, u in zip(r, token, strict=True)) for r in weight]
+    if config.scoring_func == "softmax":
+        total = sum(math.exp(z) for z, inside in zip(logits, in_pool, strict=True) if inside)
+        scores = [math.exp(z) / total for z in logits]
+    else:
+        scores = [1 / (1 + math.exp(-z)) for z in logits]
     choice = [s + b for s, b in zip(scores, bias[tier], strict=True)]
-    choice = [c if e // size < rule.num_groups else -math.inf for e, c in enumerate(choice)]
-    groups = [choice[g * size : (g + 1) * size] for g in range(config.n_group)]
-    group_score = [sum(sorted(group)[-2:]) for group in groups]
+    choice = [c if inside else -math.inf for c, inside in zip(choice, in_pool, strict=True)]
+    best = 2 if config.topk_method == "noaux_tc" else 1
+    group_score = [
+        sum(sorted(c for e, c in enumerate(choice) if group_of[e] == g)[-best:])
+        for g in range(config.n_group)
+    ]
     kept = sorted(range(config.n_group), key=lambda g: -group_score[g])[: rule.topk_group]
-    choice = [c if e // size in kept else -math.inf for e, c in enumerate(choice)]
+    choice = [c if group_of[e] in kept else -math.inf for e, c in enumerate(choice)]
     chosen = sorted(range(len(choice)), key=lambda e: -choice[e])[: rule.top_k]
     total = sum(scores[e] for e in chosen) if config.norm_topk_prob else 1.0
     return {e: scores[e] / total * rule.routed_scaling_factor for e in chosen}
@@ -69,19 +83,22 @@ def agree(routing: Routing, expected: Any, tiers: Tensor, config: DvpaConfig) ->
 
 @st.composite
 def configs(draw: st.DrawFn) -> DvpaConfig:
-    """Any valid combination of groups, pools and slots."""
+    """Any valid combination of groups, pools, scores and slots."""
     n_group, size = draw(st.integers(1, 5)), draw(st.integers(2, 4))
-    pools = sorted(draw(st.sets(st.integers(1, n_group), max_size=3)) | {n_group})
+    pool = draw(st.sampled_from(["prefix", "striped"]))
+    low, high = (2, size) if pool == "striped" else (1, n_group)
+    pools = sorted(draw(st.sets(st.integers(low, high), max_size=3)) | {high})
     tiers: list[dict[str, Any]] = []
-    for i, num_groups in enumerate(pools):
-        topk_group = draw(st.integers(1, num_groups))
+    for i, units in enumerate(pools):
+        groups, share = (n_group, units) if pool == "striped" else (units, size)
+        topk_group = draw(st.integers(1, groups))
         least = tiers[-1]["top_k"] if tiers else 1
-        topk_group = max(topk_group, -(-least // size))
+        topk_group = max(topk_group, -(-least // share))
         tiers.append(
             {
                 "name": f"tier{i}",
-                "num_groups": num_groups,
-                "top_k": draw(st.integers(least, topk_group * size)),
+                "experts_per_group" if pool == "striped" else "num_groups": units,
+                "top_k": draw(st.integers(least, topk_group * share)),
                 "topk_group": topk_group,
                 "routed_scaling_factor": draw(st.floats(0.5, 3.0)),
             }
@@ -89,7 +106,10 @@ def configs(draw: st.DrawFn) -> DvpaConfig:
     return tiny_config(
         n_group=n_group,
         n_routed_experts=n_group * size,
+        pool=pool,
         tiers=tiers,
+        scoring_func=draw(st.sampled_from(["sigmoid", "softmax"])),
+        topk_method=draw(st.sampled_from(["noaux_tc", "group_limited_greedy"])),
         norm_topk_prob=draw(st.booleans()),
         hidden_size=16,
     )

@@ -1,11 +1,13 @@
-"""One tier of a dvpa checkpoint as a plain `deepseek_v3` checkpoint.
+"""One tier of a dvpa checkpoint as a plain checkpoint of its own family, usually `deepseek_v3`.
 
 A tier is a slice: its pool's experts, those rows of each router, its row of the selection bias; all
 else is copied as it is. The result holds nothing of ours, so Transformers, vLLM and SGLang load it
-with their own DeepSeek-V3. Streams tensor by tensor and never builds a model.
+with their own code (which family that is: `formats`). Streams tensor by tensor and never builds a
+model.
 
-A multi-token prediction module is left out unless asked for: vLLM and SGLang draft with it, but
-Transformers expects it at layer 61, as in V3, and warns of unexpected tensors at any other.
+The head is always written, tied or not: not every engine reads a tied one. A multi-token prediction
+module is left out unless asked for: vLLM and SGLang draft with it, but Transformers expects it at
+layer 61, as in V3, and warns of unexpected tensors at any other.
 """
 
 import json
@@ -17,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dvpa.checkpoint import fp8
+from dvpa.checkpoint.formats import Format, find_format
 from dvpa.checkpoint.shards import (
     DEFAULT_SHARD_BYTES,
     DTYPES,
@@ -27,25 +31,17 @@ from dvpa.checkpoint.shards import (
     staged_folder,
     write_json,
 )
+from dvpa.checkpoint.source import EMBEDDING
+from dvpa.checkpoint.tier_plan import EXPORTED, Part, exported_order, is_mtp, plan_tier
 from dvpa.config import DvpaConfig
 from dvpa.model.tensor_names import (
-    HEAD_PREFIX,
     ROUTER_WEIGHT,
     TIER_BIAS,
     Shape,
-    expert_index,
-    mtp_prefix,
     tensor_shapes,
 )
 
-SHARED_FIELDS = """
-vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads
-num_key_value_heads n_shared_experts kv_lora_rank q_lora_rank qk_rope_head_dim qk_nope_head_dim
-v_head_dim first_k_dense_replace norm_topk_prob hidden_act max_position_embeddings initializer_range
-rms_norm_eps use_cache rope_parameters rope_interleave attention_bias attention_dropout
-tie_word_embeddings bos_token_id eos_token_id pad_token_id dtype
-"""
-EMBEDDING = "model.embed_tokens.weight"
+READABLE = ("F64", "F32", "F16", "BF16")
 COPIED_FILES = """
 tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json
 vocab.json merges.txt chat_template.jinja generation_config.json
@@ -56,17 +52,39 @@ vocab.json merges.txt chat_template.jinja generation_config.json
 class ExportReport:
     """What an export did: tensors copied whole, cut, and left out; `num_bytes` of tensor data.
 
+    `model_type` is the family whose format it is in; `is_in_transformers`: Transformers has a class
+    for it. `quantised` of the copied have become FP8.
     `dropped_mtp` of those left out are a multi-token prediction module that was not kept. Where it
     is kept, the copies of embedding and head that V3 stores with it count as copied.
     """
 
     tier: int
     tier_name: str
+    model_type: str
     copied: int
     sliced: int
+    quantised: int
     dropped: int
     dropped_mtp: int
     num_bytes: int
+    is_in_transformers: bool
+
+
+@dataclass(frozen=True)
+class TierSize:
+    """What a tier would weigh as a checkpoint of its own: bytes of tensor data by dtype.
+
+    `model_type` is the family whose format it would have; where there is none, `reason` says why
+    and there are no bytes.
+    """
+
+    tier: int
+    tier_name: str
+    num_experts: int
+    top_k: int
+    model_type: str | None
+    num_bytes: dict[str, int]
+    reason: str | None = None
 
 
 def export_tier(
@@ -75,45 +93,81 @@ def export_tier(
     out: Path | str,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     keep_mtp: bool = False,
+    dtype: str = "auto",
 ) -> ExportReport:
     """Write tier `tier` (index or name) of `checkpoint` to the new folder `out`.
 
     `out` appears complete or not at all; memory holds one tensor at a time. `keep_mtp` keeps the
-    multi-token prediction module, as V3 stores it, cut to the tier like any other layer.
+    multi-token prediction module, as V3 stores it, cut to the tier like any other layer. `dtype` is
+    one of `EXPORTED`: "auto" leaves weights as they are, "fp8" stores attention and MLP matrices in
+    128 x 128 blocks of E4M3, as DeepSeek-V3 does, and the others as bf16.
 
     Raises:
         FileNotFoundError: no checkpoint there, or a shard is missing.
-        ValueError: unknown tier; no module to keep; `out` not empty; a tensor that is missing,
-            unknown, or of the wrong shape or dtype (the message names it); a corrupt shard or
-            config.
+        ValueError: unknown tier or dtype; a tier that no family computes (see `find_format`), or
+            whose selection bias its family does not have; no module to keep; `out` not empty; a
+            tensor that is missing, unknown, or of the wrong shape or dtype (the message names it);
+            a corrupt shard or config.
     """
     checkpoint, out = Path(checkpoint), Path(out)
+    if dtype not in EXPORTED:
+        raise ValueError(f"dtype: {dtype!r} must be one of {', '.join(EXPORTED)}")
     config = read_config(checkpoint)
     tier = config.tier_index(tier)
-    if keep_mtp and not config.num_nextn_predict_layers:
-        raise ValueError(f"keep_mtp: {checkpoint} has no multi-token prediction module")
+    style = find_format(config, tier)
+    if keep_mtp and (not config.num_nextn_predict_layers or not style.has_bias):
+        raise ValueError(f"keep_mtp: {checkpoint} has no multi-token prediction module to keep")
     reader = ShardReader(checkpoint)
     _check(checkpoint, config, reader.tensors)
-    plan, sources = _plan(config, tier, reader.tensors, keep_mtp)
+    if not style.has_bias:
+        _check_bias(reader, config, tier, style)
+    plan = plan_tier(config, tier, reader.tensors, keep_mtp, style, dtype)
     with staged_folder(out) as folder:
-        with ShardWriter(folder, plan, shard_bytes) as writer:
-            for name in plan:
-                writer.write(name, _part(reader, config, tier, sources[name]))
+        with ShardWriter(
+            folder, {name: part.info for name, part in plan.items()}, shard_bytes
+        ) as w:
+            _write(w, reader, config, tier, plan)
         for name in COPIED_FILES.split():
             if (checkpoint / name).is_file():
                 copy_file(checkpoint / name, folder)
-        write_json(folder / "config.json", deepseek_config(config, tier, keep_mtp))
-    sliced = sum(plan[name] != reader.tensors[source] for name, source in sources.items())
-    dropped = reader.tensors.keys() - set(sources.values())
-    return ExportReport(
-        tier=tier,
-        tier_name=config.tier_names[tier],
-        copied=len(plan) - sliced,
-        sliced=sliced,
-        dropped=len(dropped),
-        dropped_mtp=0 if keep_mtp else sum(_is_mtp(config, name) for name in dropped),
-        num_bytes=sum(info.num_bytes for info in plan.values()),
-    )
+        write_json(folder / "config.json", _config(style, config, tier, keep_mtp, plan))
+    return _report(config, tier, reader, plan, style, keep_mtp)
+
+
+def list_tiers(checkpoint: Path | str) -> list[TierSize]:
+    """What each tier would weigh in every dtype, base first; reads headers only.
+
+    Raises:
+        FileNotFoundError, ValueError: as `export_tier`, of the checkpoint.
+    """
+    checkpoint = Path(checkpoint)
+    config = read_config(checkpoint)
+    reader = ShardReader(checkpoint)
+    _check(checkpoint, config, reader.tensors)
+    sizes = []
+    for tier in range(config.num_tiers):
+        num_bytes: dict[str, int] = {}
+        model_type, reason = None, None
+        try:
+            style = find_format(config, tier)
+            model_type = style.family.model_type
+            for dtype in EXPORTED:
+                plan = plan_tier(config, tier, reader.tensors, False, style, dtype)
+                num_bytes[dtype] = sum(part.info.num_bytes for part in plan.values())
+        except ValueError as error:
+            reason = str(error)
+        sizes.append(
+            TierSize(
+                tier=tier,
+                tier_name=config.tier_names[tier],
+                num_experts=config.pool_size(tier),
+                top_k=config.tiers[tier].top_k,
+                model_type=model_type,
+                num_bytes=num_bytes,
+                reason=reason,
+            )
+        )
+    return sizes
 
 
 def read_config(checkpoint: Path) -> DvpaConfig:
@@ -140,26 +194,6 @@ def read_config(checkpoint: Path) -> DvpaConfig:
     return config
 
 
-def deepseek_config(config: DvpaConfig, tier: int, keep_mtp: bool = False) -> dict[str, Any]:
-    """`config.json` of the exported tier: DeepSeek-V3's fields, none of ours."""
-    routing, full = config.tiers[tier], config.to_dict()
-    return {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
-        **{name: full[name] for name in SHARED_FIELDS.split() if name in full},
-        "n_routed_experts": config.pool_size(tier),
-        "n_group": routing.num_groups,
-        "topk_group": routing.topk_group,
-        "num_experts_per_tok": routing.top_k,
-        "routed_scaling_factor": routing.routed_scaling_factor,
-        # vLLM and SGLang choose the router by these two; Transformers has no other.
-        "topk_method": "noaux_tc",
-        "scoring_func": "sigmoid",
-        "moe_layer_freq": 1,
-        "num_nextn_predict_layers": config.num_nextn_predict_layers if keep_mtp else 0,
-    }
-
-
 def _check(checkpoint: Path, config: DvpaConfig, tensors: Mapping[str, TensorInfo]) -> None:
     expected: dict[str, Shape] = tensor_shapes(config)
     for name, shape in expected.items():
@@ -167,47 +201,106 @@ def _check(checkpoint: Path, config: DvpaConfig, tensors: Mapping[str, TensorInf
             raise ValueError(f"{checkpoint}: {name}: missing")
         if tensors[name].shape != shape:
             raise ValueError(f"{checkpoint}: {name}: shape {tensors[name].shape}, expected {shape}")
-        if not DTYPES[tensors[name].dtype].is_floating_point:
-            raise ValueError(f"{checkpoint}: {name}: dtype {tensors[name].dtype} is not a float's")
+        if tensors[name].dtype not in READABLE:
+            raise ValueError(
+                f"{checkpoint}: {name}: dtype {tensors[name].dtype} must be one of "
+                f"{', '.join(READABLE)}"
+            )
     for name in tensors:
         if name not in expected:
             raise ValueError(f"{checkpoint}: {name}: unknown tensor")
 
 
-def _plan(
-    config: DvpaConfig, tier: int, tensors: Mapping[str, TensorInfo], keep_mtp: bool
-) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """What to write, in order, and the tensor that each one comes from."""
-    plan, sources = {}, {}
-    pool = config.pool_size(tier)
-    for source in tensor_shapes(config):
-        expert = expert_index(source)
-        if source.startswith(HEAD_PREFIX) or (expert is not None and expert >= pool):
-            continue
-        if _is_mtp(config, source) and not keep_mtp:
-            continue
-        name, info = source, tensors[source]
-        if source.endswith(TIER_BIAS):
-            name = source.replace("tier_bias", "e_score_correction_bias")
-            info = TensorInfo("F32", (pool,))
-        elif source.endswith(ROUTER_WEIGHT):
-            info = TensorInfo(info.dtype, (pool, config.hidden_size))
-        plan[name], sources[name] = info, source
-    if keep_mtp:  # V3 stores the module's embedding and head again
-        head = EMBEDDING if config.tie_word_embeddings else "lm_head.weight"
-        for name, source in (("embed_tokens", EMBEDDING), ("shared_head.head", head)):
-            name = f"{mtp_prefix(config)}{name}.weight"
-            plan[name], sources[name] = tensors[source], source
-    return plan, sources
+def _check_bias(reader: ShardReader, config: DvpaConfig, tier: int, style: Format) -> None:
+    """Refuse a selection bias that the family's router would not have."""
+    for name in tensor_shapes(config):
+        if name.endswith(TIER_BIAS) and _bias(reader, config, tier, name).any():
+            raise ValueError(
+                f"{reader.folder}: {name}: not zero for tier {config.tier_names[tier]}, and the "
+                f"router of {style.family.model_type} has no selection bias"
+            )
 
 
-def _is_mtp(config: DvpaConfig, name: str) -> bool:
-    return bool(config.num_nextn_predict_layers) and name.startswith(mtp_prefix(config))
+def _write(
+    writer: ShardWriter,
+    reader: ShardReader,
+    config: DvpaConfig,
+    tier: int,
+    plan: Mapping[str, Part],
+) -> None:
+    scales: Tensor | None = None
+    for name, part in plan.items():
+        if scales is not None:
+            writer.write(name, scales)
+            scales = None
+            continue
+        tensor = _part(reader, config, tier, part.source)
+        if part.info.dtype == "F8_E4M3":
+            try:
+                tensor, scales = fp8.quantise(tensor)
+            except ValueError as error:
+                raise ValueError(f"{reader.folder}: {part.source}: {error}") from error
+        writer.write(name, tensor.to(DTYPES[part.info.dtype]))
 
 
 def _part(reader: ShardReader, config: DvpaConfig, tier: int, source: str) -> Tensor:
-    """The part of a tensor that the tier keeps."""
-    pool = slice(0, config.pool_size(tier))
+    """The part of a tensor that the tier keeps, its experts in the order of the export."""
     if source.endswith(TIER_BIAS):
-        return reader.read(source, (slice(tier, tier + 1), pool))[0].to(torch.float32)
-    return reader.read(source, (pool,) if source.endswith(ROUTER_WEIGHT) else ())
+        return _bias(reader, config, tier, source)
+    if not source.endswith(ROUTER_WEIGHT):
+        return reader.read(source)
+    rows = reader.read(source, (slice(0, config.pool_size(tier)),))
+    return rows if config.pool == "prefix" else rows[exported_order(config, tier)]
+
+
+def _bias(reader: ShardReader, config: DvpaConfig, tier: int, source: str) -> Tensor:
+    """A tier's row of a selection bias, fp32 [experts of the pool]."""
+    pool = slice(0, config.pool_size(tier))
+    row = reader.read(source, (slice(tier, tier + 1), pool))[0].to(torch.float32)
+    return row if config.pool == "prefix" else row[exported_order(config, tier)]
+
+
+def _config(
+    style: Format, config: DvpaConfig, tier: int, keep_mtp: bool, plan: Mapping[str, Part]
+) -> dict[str, Any]:
+    """`config.json`, with the number format that was written."""
+    written = style.config(config, tier, keep_mtp)
+    written["dtype"] = str(DTYPES[plan[EMBEDDING].info.dtype]).removeprefix("torch.")
+    if any(part.info.dtype == "F8_E4M3" for part in plan.values()):
+        written["quantization_config"] = {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "weight_block_size": [fp8.BLOCK, fp8.BLOCK],
+        }
+        if not style.has_bias:  # others than V3's classes make linear layers of these, too
+            kept = [name.removesuffix(".weight") for name in plan if name.endswith("gate.weight")]
+            written["quantization_config"]["modules_to_not_convert"] = ["lm_head", *kept]
+    return written
+
+
+def _report(
+    config: DvpaConfig,
+    tier: int,
+    reader: ShardReader,
+    plan: Mapping[str, Part],
+    style: Format,
+    keep_mtp: bool,
+) -> ExportReport:
+    tensors = reader.tensors
+    scales = [name for name in plan if name.endswith(fp8.SCALE_SUFFIX)]
+    whole = {name: part for name, part in plan.items() if name not in scales}
+    sliced = sum(part.info.shape != tensors[part.source].shape for part in whole.values())
+    dropped = tensors.keys() - {part.source for part in plan.values()}
+    return ExportReport(
+        tier=tier,
+        tier_name=config.tier_names[tier],
+        model_type=style.family.model_type,
+        copied=len(whole) - sliced,
+        sliced=sliced,
+        quantised=len(scales),
+        dropped=len(dropped),
+        dropped_mtp=0 if keep_mtp else sum(is_mtp(config, name) for name in dropped),
+        num_bytes=sum(part.info.num_bytes for part in plan.values()),
+        is_in_transformers=style.is_in_transformers,
+    )

@@ -1,14 +1,15 @@
-"""The latent cache: what multi-head latent attention keeps of each position, in pages.
+"""The cache: what attention keeps of each position, in pages.
 
-A position's row in a layer is its normalised latent (C = kv_lora_rank values) followed by the
-rotated rope key (P = qk_rope_head_dim): 576 values for DeepSeek-V3, whatever the number of heads.
-Rows of pages that nobody holds may contain anything, NaN included.
+Of multi-head latent attention, a position's row in a layer is its normalised latent (C =
+kv_lora_rank values) followed by the rotated rope key (P = qk_rope_head_dim): 576 values for
+DeepSeek-V3, whatever the number of heads. Of grouped-query attention, every key-value head has a
+row of its own: value, then rotated key. Rows of pages that nobody holds may contain anything, NaN
+included.
 
-Letters: L layers, W = C + P.
+Letters: L layers, G key-value heads, W = C + P, or twice a head's width.
 """
 
 import torch
-from torch import Tensor
 
 from dvpa.config import DvpaConfig
 from dvpa.engine.config import EngineConfig
@@ -16,7 +17,10 @@ from dvpa.engine.pages import PageAllocator
 
 
 class LatentCache:
-    """Storage for `num_pages` pages of `page_size` positions; `layers[i]` is [pages, size, W]."""
+    """Storage for `num_pages` pages of `page_size` positions.
+
+    `layers[i]` is [pages, size, W]; of grouped-query attention [G, pages, size, W].
+    """
 
     def __init__(
         self,
@@ -26,8 +30,10 @@ class LatentCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        width = config.kv_lora_rank + config.qk_rope_head_dim
-        shape = (config.num_hidden_layers, num_pages, page_size, width)
+        shape = [config.num_hidden_layers, num_pages, page_size, config.kv_width]
+        if config.kv_lora_rank is None:
+            groups = config.num_key_value_heads
+            shape[1:] = [groups, num_pages, page_size, config.kv_width // groups]
         self.page_size = page_size
         self.storage = torch.empty(shape, dtype=dtype, device=device)
         self.layers = list(self.storage.unbind(0))
@@ -37,15 +43,10 @@ class LatentCache:
         """Bytes of all pages."""
         return self.storage.numel() * self.storage.element_size()
 
-    def read(self, layer: int, pages: Tensor, length: int) -> Tensor:
-        """The first `length` rows of a sequence with these pages, [length, W]."""
-        return self.layers[layer][pages].flatten(0, 1)[:length]
-
 
 def bytes_per_position(config: DvpaConfig, dtype: torch.dtype) -> int:
     """Bytes that one position takes in the cache, over all layers."""
-    width = config.kv_lora_rank + config.qk_rope_head_dim
-    return config.num_hidden_layers * width * dtype.itemsize
+    return config.num_hidden_layers * config.kv_width * dtype.itemsize
 
 
 def make_cache(

@@ -322,10 +322,11 @@ class Engine:
         """Take in a step. Whatever goes wrong ends the requests in it, and nothing else."""
         try:
             if isinstance(outcome, GroupUnavailable):
-                tiers = enumerate(self.model.config.tiers)
+                config = self.model.config
+                reach = [config.tier_units(tier) for tier in range(config.num_tiers)]
                 self.progress.degrade(
                     segments,
-                    max(tier for tier, has in tiers if has.num_groups <= outcome.group),
+                    max(tier for tier, units in enumerate(reach) if units <= outcome.group),
                     f"layer {outcome.layer}, expert group {outcome.group} cannot be read",
                     self.admission.may_degrade,
                 )

@@ -22,10 +22,12 @@ from torch import Tensor
 
 from dvpa import ops
 from dvpa.engine.cache import LatentCache
+from dvpa.engine.grouped import GroupedProjections
 from dvpa.engine.layers import Mlp, Norm, Projections, Router
 from dvpa.model.causal_lm import DvpaForCausalLM
 from dvpa.model.decoder import DvpaDecoderLayer
 from dvpa.model.experts import DvpaExperts, DvpaMoE
+from dvpa.model.grouped_attention import DvpaGroupedAttention
 
 # Routed experts that are not in the module: (layer, hidden, topk_index, topk_weight) -> [T, D].
 ExpertsOfLayer = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -86,7 +88,12 @@ class _Layer:
     def __init__(self, layer: DvpaDecoderLayer) -> None:
         mlp = layer.mlp
         self.attention_norm = Norm(layer.input_layernorm)
-        self.attention = Projections(layer.self_attn)
+        attention = layer.self_attn
+        self.attention: Projections | GroupedProjections = (
+            GroupedProjections(attention)
+            if isinstance(attention, DvpaGroupedAttention)
+            else Projections(attention)
+        )
         self.mlp_norm = Norm(layer.post_attention_layernorm)
         self.router = Router(mlp.gate) if isinstance(mlp, DvpaMoE) else None
         self.experts: DvpaExperts | None = mlp.experts if isinstance(mlp, DvpaMoE) else None
@@ -104,6 +111,7 @@ class _Layer:
                 gate_up=experts.gate_up_proj.detach(),
                 down=experts.down_proj.detach(),
             )
+        assert isinstance(self.attention, Projections)
         return ops.DecodeLayer(
             attention_norm=self.attention_norm.weight,
             attention=self.attention.weights,
@@ -128,7 +136,8 @@ class Decoder:
     """The layers of a `DvpaForCausalLM` over a paged cache; weights are shared with the model.
 
     Steps of few rows, all of them decode rows, are one call for many layers on CPUs (`fused_steps`
-    counts them); others, and all on other devices, run operator by operator (`operator_steps`).
+    counts them); others, and all on other devices or with grouped-query attention, run operator by
+    operator (`operator_steps`).
     """
 
     def __init__(
@@ -147,7 +156,9 @@ class Decoder:
         self._head = model.lm_head.weight.detach()
         self._experts = experts
         self.fused_steps = self.operator_steps = 0
-        self._fused = self._fuse() if ops.DecodeLayer.is_possible(self._embedding) else None
+        is_latent = config.kv_lora_rank is not None
+        is_fused = is_latent and ops.DecodeLayer.is_possible(self._embedding)
+        self._fused = self._fuse() if is_fused else None
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """States before the first layer, [T, D]."""
@@ -239,20 +250,12 @@ class Decoder:
         mixed_THV = hidden_TD.new_empty(len(hidden_TD), attention.heads, attention.value)
         if rows.start <= step.decode.start < min(step.decode.stop, rows.stop):
             here = slice(step.decode.start - rows.start, step.decode.stop - rows.start)
-            mixed_THC = ops.latent_attention(
-                attention.absorb(query_THX[here]),
-                cache,
-                step.page_table,
-                step.decode_sequence,
-                step.decode_length,
-                attention.latent,
-                attention.scaling,
-            )
-            mixed_THV[here] = attention.values(mixed_THC)
+            table = (step.page_table, step.decode_sequence, step.decode_length)
+            mixed_THV[here] = attention.decode(query_THX[here], cache, *table)
         for chunk in step.chunks:
             if rows.start <= chunk.first < rows.stop:
                 here = slice(chunk.first - rows.start, chunk.last - rows.start)
-                key, value = attention.expand(self.cache.read(index, chunk.pages, chunk.end))
+                key, value = attention.expand(cache, chunk.pages, chunk.end)
                 mixed_THV[here] = _causal(query_THX[here], key, value, attention.scaling)
         return attention.leave(mixed_THV)
 

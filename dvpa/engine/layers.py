@@ -52,6 +52,9 @@ class Router:
             scaling=tuple(tier.routed_scaling_factor for tier in config.tiers),
             group_size=config.group_size,
             norm_topk_prob=config.norm_topk_prob,
+            softmax=config.scoring_func == "softmax",
+            best_of_group=2 if config.topk_method == "noaux_tc" else 1,
+            stripes=config.n_group if config.pool == "striped" else 0,
         )
 
     def __call__(self, x: Tensor, tiers_T: Tensor, max_tier: int) -> tuple[Tensor, Tensor]:
@@ -114,17 +117,27 @@ class Projections:
             self.nope,
         )
 
-    def absorb(self, query_THX: Tensor) -> Tensor:
-        """Queries in the latent space of the cache, [T, H, C + P]."""
-        q_nope, q_rope = query_THX.split([self.nope, self.rope], -1)
-        return torch.cat((ops.linear(q_nope.contiguous(), self.weights.key_up), q_rope), -1)
+    def decode(
+        self,
+        query_THX: Tensor,
+        cache: Tensor,
+        page_table: Tensor,
+        row_sequence: Tensor,
+        row_length: Tensor,
+    ) -> Tensor:
+        """Values [T, H, V] that single rows attend to, in the absorbed form.
 
-    def values(self, mixed_THC: Tensor) -> Tensor:
-        """Mixed latents to values, [T, H, V]."""
+        See `ops.latent_attention` for the table.
+        """
+        q_nope, q_rope = query_THX.split([self.nope, self.rope], -1)
+        absorbed = torch.cat((ops.linear(q_nope.contiguous(), self.weights.key_up), q_rope), -1)
+        table = (page_table, row_sequence, row_length)
+        mixed_THC = ops.latent_attention(absorbed, cache, *table, self.latent, self.scaling)
         return ops.linear(mixed_THC, self.weights.value_up)
 
-    def expand(self, rows_LW: Tensor) -> tuple[Tensor, Tensor]:
-        """Cache rows to keys [L, H, N + P] and values [L, H, V] of every head."""
+    def expand(self, cache: Tensor, pages: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Keys [L, H, N + P] and values [L, H, V] of the first `length` rows of these pages."""
+        rows_LW = cache[pages].flatten(0, 1)[:length]
         latent, k_rope = rows_LW.split([self.latent, self.rope], -1)
         expanded = ops.linear(latent.contiguous(), self.key_value_up)
         k_nope, value_LHV = expanded.unflatten(1, (self.heads, -1)).split(

@@ -1,6 +1,7 @@
 """Tiers as a memory hierarchy: expert groups beyond the base pool come from disk when routed to.
 
-One arena of slots holds the routed experts, one group of one layer in each slot. The base pool of
+One arena of slots holds the routed experts, one group of one layer in each slot. (A group is here
+what pools grow by: of striped pools, one expert of each of the router's groups.) The base pool of
 every layer is read once and stays; the slots left over are shared by all layers (`GroupCache`).
 Every group that a layer needs is there before anything of the layer is computed.
 
@@ -72,8 +73,8 @@ def count_slots(config: DvpaConfig, dtype: torch.dtype, max_resident_bytes: int)
         ValueError: less than every layer's base pool and one layer's upper groups would fit.
     """
     other, group = other_bytes(config, dtype), _group_bytes(config, dtype)
-    layers, base = len(_moe_layers(config)), config.tiers[0].num_groups
-    upper = config.n_group - base if layers else 0
+    layers, base = len(_moe_layers(config)), config.tier_units(0)
+    upper = config.num_units - base if layers else 0
     needed = other + (layers * base + upper) * group
     if max_resident_bytes < needed:
         raise ValueError(
@@ -81,12 +82,12 @@ def count_slots(config: DvpaConfig, dtype: torch.dtype, max_resident_bytes: int)
             f"the routed experts, {layers * base * group} for the base pool of every layer, "
             f"{upper * group} for the upper groups of one"
         )
-    return min((max_resident_bytes - other) // group, layers * config.n_group)
+    return min((max_resident_bytes - other) // group, layers * config.num_units)
 
 
 def _group_bytes(config: DvpaConfig, dtype: torch.dtype) -> int:
     expert = 3 * config.moe_intermediate_size * config.hidden_size * dtype.itemsize
-    return config.group_size * expert
+    return config.unit_size * expert
 
 
 def _moe_layers(config: DvpaConfig) -> range:
@@ -116,14 +117,14 @@ class ExpertStore:
         self.config = config
         self.backend = "auto"  # or a key of dvpa_kernels.BACKENDS
         self.layers = _moe_layers(config)
-        self.base_groups = config.tiers[0].num_groups
+        self.base_groups = config.tier_units(0)
         pinned = self.base_groups * len(self.layers)
-        needed = pinned + (len(self.layers) > 0 and self.base_groups < config.n_group)
+        needed = pinned + (len(self.layers) > 0 and self.base_groups < config.num_units)
         if slots < needed:
             raise ValueError(f"slots: {slots} must be at least {needed}")
         self._weights, self._last_layer = weights, -1
         rows, width, hidden = (
-            slots * config.group_size,
+            slots * config.unit_size,
             config.moe_intermediate_size,
             config.hidden_size,
         )
@@ -186,7 +187,7 @@ class ExpertStore:
         Raises:
             ValueError: no such tier.
         """
-        num_groups = self.config.tiers[self.config.tier_index(tier)].num_groups
+        num_groups = self.config.tier_units(self.config.tier_index(tier))
         self._cache.prefetch(
             (layer, group)
             for layer in self._layers_ahead()
@@ -203,7 +204,7 @@ class ExpertStore:
         experts_S = topk_index.flatten()
         if len(experts_S) > 1024:  # decode steps are quicker without
             experts_S = experts_S.unique()
-        size, groups = self.config.group_size, range(self.config.n_group)  # an empty slot: G
+        size, groups = self.config.unit_size, range(self.config.num_units)  # an empty slot: G
         return sorted({expert // size for expert in set(experts_S.tolist())} & set(groups))
 
     def _base_experts(
@@ -234,7 +235,7 @@ class ExpertStore:
         resident = self._cache.resident()
         upper = sorted(upper, key=lambda group: (layer, group) not in resident)
         passes = [upper[i : i + size] for i in range(0, len(upper), size)]
-        group_TK = topk_index // self.config.group_size
+        group_TK = topk_index // self.config.unit_size
         out_TKD = hidden_TD.new_zeros(*topk_index.shape, hidden_TD.shape[1])
         for groups in (list(range(self.base_groups)), *passes):
             self._cache.bring_in({(layer, group) for group in groups if group >= self.base_groups})
@@ -261,7 +262,7 @@ class ExpertStore:
     def _fill(self, key: Key, slot: int) -> int:
         """Read a group into a slot; returns the bytes read. ValueError naming file and tensor."""
         layer, group = key
-        size, width = self.config.group_size, self.config.moe_intermediate_size
+        size, width = self.config.unit_size, self.config.moe_intermediate_size
         num_bytes = 0
         for i in range(size):
             expert, row = group * size + i, slot * size + i

@@ -135,7 +135,7 @@ class DvpaAttention(nn.Module):
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -145,6 +145,9 @@ def eager_attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Plain attention; the softmax is fp32. Returns ([B, S, H, V], weights [B, H, S, L])."""
+    if module.num_key_value_groups > 1:
+        key = key.repeat_interleave(module.num_key_value_groups, 1)
+        value = value.repeat_interleave(module.num_key_value_groups, 1)
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -162,6 +165,7 @@ def _rotate_both(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotary embedding of the last dimension."""
     if interleaved:
         x = torch.cat((x[..., ::2], x[..., 1::2]), -1)
     first, second = x.chunk(2, -1)

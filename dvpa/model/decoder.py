@@ -26,6 +26,7 @@ from dvpa.model.attention import DvpaAttention, DvpaRMSNorm
 from dvpa.model.cache_name import CACHE_NAME
 from dvpa.model.difficulty import DifficultyHead
 from dvpa.model.experts import DvpaExperts, DvpaMLP, DvpaMoE
+from dvpa.model.grouped_attention import DvpaGroupedAttention
 from dvpa.model.precision import Fp32Buffers
 from dvpa.model.router import NO_TIER, DvpaRouter, Routing, TierPlan
 
@@ -59,7 +60,8 @@ class DvpaDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: DvpaConfig, layer_idx: int) -> None:
         super().__init__()
-        self.self_attn = DvpaAttention(config, layer_idx)
+        attention = DvpaGroupedAttention if config.kv_lora_rank is None else DvpaAttention
+        self.self_attn = attention(config, layer_idx)
         self.is_moe = layer_idx >= config.first_k_dense_replace
         self.mlp = DvpaMoE(config) if self.is_moe else DvpaMLP(config, config.intermediate_size)
         self.input_layernorm = DvpaRMSNorm(config.hidden_size, config.rms_norm_eps)

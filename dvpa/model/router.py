@@ -1,6 +1,9 @@
 """Hierarchical routing, tier -> group -> expert: DeepSeek-V3's gate with one bias per tier.
 
-The gate is that of arXiv 2412.19437, section 2.1.2.
+The gate is that of arXiv 2412.19437, section 2.1.2. With `scoring_func: softmax` scores are a
+softmax over the tier's own pool, so that a tier is what a model of these experts alone computes;
+with `topk_method: group_limited_greedy` a group's score is its best choice (both as in DeepSeek-V2,
+arXiv 2405.04434, section 2.1.2).
 
 Letters: T tokens, D hidden, E routed experts, P experts in the largest pool, G groups, K slots.
 """
@@ -40,7 +43,7 @@ class Routing:
 
 
 class DvpaRouter(Fp32Buffers):
-    """Sigmoid scores over the pool; the tier's bias chooses, the unbiased score weighs."""
+    """Scores over the pool; the tier's bias chooses, the unbiased score weighs."""
 
     tier_bias: Tensor  # fp32 [tiers, E]
 
@@ -59,10 +62,14 @@ class DvpaRouter(Fp32Buffers):
         pool = config.pool_size(plan.max_tier)
         top_k = [tier.top_k for tier in config.tiers]
         known_T = tiers_T.clamp(min=0)
-        scores_TP = F.linear(hidden_TD.float(), self.weight[:pool].float()).sigmoid()
-        choice_TP = scores_TP + self.tier_bias[known_T, :pool]
         pool_T = self._per_tier([config.pool_size(t) for t in range(config.num_tiers)], known_T)
         outside = torch.arange(pool, device=pool_T.device) >= pool_T[:, None]
+        scores_TP = F.linear(hidden_TD.float(), self.weight[:pool].float())
+        if config.scoring_func == "softmax":
+            scores_TP = scores_TP.masked_fill(outside, float("-inf")).softmax(-1)
+        else:
+            scores_TP = scores_TP.sigmoid()
+        choice_TP = scores_TP + self.tier_bias[known_T, :pool]
         choice_TP = choice_TP.masked_fill(outside, float("-inf"))
         choice_TP = self._limit_groups(choice_TP, known_T, plan.max_tier)
         index_TK = choice_TP.topk(max(top_k[: plan.max_tier + 1]), dim=-1).indices
@@ -82,18 +89,23 @@ class DvpaRouter(Fp32Buffers):
         )
 
     def _limit_groups(self, choice_TP: Tensor, tiers_T: Tensor, max_tier: int) -> Tensor:
-        """Keep each tier's best `topk_group` groups (group score: sum of its two best choices)."""
+        """Keep each tier's best `topk_group` groups, by the sum of their best (two) choices."""
         config = self.config
         present = config.tiers[: max_tier + 1]
         if all(tier.topk_group == tier.num_groups for tier in present):
             return choice_TP  # every group of the pool stays: nothing to limit
-        choice_TGE = choice_TP.view(len(choice_TP), -1, config.group_size)
-        group_TG = choice_TGE.topk(2, dim=-1).values.sum(-1)
+        if config.pool == "striped":
+            choice_TGE = choice_TP.view(len(choice_TP), -1, config.n_group).transpose(1, 2)
+        else:
+            choice_TGE = choice_TP.view(len(choice_TP), -1, config.group_size)
+        best = 2 if config.topk_method == "noaux_tc" else 1
+        group_TG = choice_TGE.topk(best, dim=-1).values.sum(-1)
         best_TG = group_TG.topk(max(tier.topk_group for tier in present), dim=-1).indices
         limit_T = self._per_tier([tier.topk_group for tier in config.tiers], tiers_T)
         kept = torch.arange(best_TG.shape[1], device=best_TG.device) < limit_T[:, None]
         mask_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter(1, best_TG, kept)
-        return choice_TGE.masked_fill(~mask_TG[..., None], float("-inf")).flatten(1)
+        choice_TGE = choice_TGE.masked_fill(~mask_TG[..., None], float("-inf"))
+        return (choice_TGE.mT if config.pool == "striped" else choice_TGE).flatten(1)
 
     @staticmethod
     def _per_tier(values: list[int] | list[float], tiers_T: Tensor) -> Tensor:

@@ -76,6 +76,9 @@ def _mlp(prefix: str, hidden: int, width: int) -> Iterator[tuple[str, Shape]]:
 def _attention(config: DvpaConfig) -> Iterator[tuple[str, Shape]]:
     hidden, heads = config.hidden_size, config.num_attention_heads
     query = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+    if config.kv_lora_rank is None:
+        yield from _grouped_attention(config, query)
+        return
     biased: list[tuple[str, int]] = []
     if config.q_lora_rank is None:
         yield "q_proj.weight", (query, hidden)
@@ -93,6 +96,19 @@ def _attention(config: DvpaConfig) -> Iterator[tuple[str, Shape]]:
     biased += [("kv_a_proj_with_mqa", latent), ("o_proj", hidden)]
     for name, size in biased if config.attention_bias else ():
         yield f"{name}.bias", (size,)
+
+
+def _grouped_attention(config: DvpaConfig, query: int) -> Iterator[tuple[str, Shape]]:
+    hidden, key = config.hidden_size, config.num_key_value_heads * config.head_dim
+    outputs = {"q_proj": query, "k_proj": key, "v_proj": key, "o_proj": hidden}
+    for name, size in outputs.items():
+        yield f"{name}.weight", (size, query if name == "o_proj" else hidden)
+        if config.attention_bias:
+            yield f"{name}.bias", (size,)
+    if config.qk_norm is not None:
+        is_by_head = config.qk_norm == "head"
+        yield "q_norm.weight", (config.head_dim if is_by_head else query,)
+        yield "k_norm.weight", (config.head_dim if is_by_head else key,)
 
 
 def _head(config: DvpaConfig) -> Iterator[tuple[str, Shape]]:

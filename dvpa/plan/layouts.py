@@ -53,9 +53,9 @@ def check_request(
                 f"each rank in stage {stage.name}"
             )
     ranks = wishes.expert_parallel
-    if ranks is not None and (ranks < 1 or config.group_size % ranks):
+    if ranks is not None and (ranks < 1 or config.unit_size % ranks):
         raise ValueError(
-            f"expert_parallel: {ranks} must divide a group's {config.group_size} experts "
+            f"expert_parallel: {ranks} must divide a group's {config.unit_size} experts "
             "(each rank has an equal slice of every group)"
         )
     if wishes.loss_chunk is not None and wishes.loss_chunk < 0:
@@ -79,7 +79,7 @@ def candidates(
                 if wishes.is_checkpointed not in (None, is_checkpointed):
                     continue
                 layout = Layout(expert_parallel, shard, is_checkpointed, loss_chunk)
-                if config.group_size % expert_parallel:
+                if config.unit_size % expert_parallel:
                     yield layout, GROUPS
                 elif shard % expert_parallel:
                     yield layout, WORLD

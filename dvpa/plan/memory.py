@@ -174,6 +174,10 @@ def _attention(model: StageModel, assume: Assumptions) -> float:
     config, size = model.config, assume.compute_bytes
     heads = config.num_attention_heads
     query = config.qk_nope_head_dim + config.qk_rope_head_dim
+    if config.kv_lora_rank is None:  # queries twice (before and after rotation), keys likewise
+        mixed = size * (2 * heads * query + config.kv_width * 3 // 2 + heads * config.v_head_dim)
+        norms = _norm(heads * query + config.kv_width // 2, assume) if config.qk_norm else 0
+        return 2 * _norm(config.hidden_size, assume) + mixed + norms + heads * FP32
     expanded = config.qk_nope_head_dim + config.v_head_dim  # values are a view of it
     mixed = heads * (size * (2 * query + expanded + config.v_head_dim) + FP32)
     latents = _norm(config.kv_lora_rank, assume)

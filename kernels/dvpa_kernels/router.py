@@ -1,6 +1,7 @@
 """The router for inference, tier -> group -> expert: C++ on CPUs, PyTorch's operators elsewhere.
 
-The gate of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2) with one selection bias per tier.
+The gate of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2) with one selection bias per tier; or that
+of DeepSeek-V2 (arXiv 2405.04434, section 2.1.2) and other softmax gates, over a tier's own pool.
 
 Letters: T tokens, D hidden, E routed experts, P experts in the largest pool, G groups, K slots.
 """
@@ -28,27 +29,36 @@ class RouterTable:
     scaling: tuple[float, ...]  # factor of the weights
     group_size: int
     norm_topk_prob: bool  # weights sum to the factor
+    softmax: bool = False  # scores: softmax over the tier's pool; else sigmoid
+    best_of_group: int = 2  # a group's score: the sum of so many of its best choices, 1 or 2
+    stripes: int = 0  # groups of striped pools: expert e is of group e % stripes; 0: contiguous
 
     def __post_init__(self) -> None:
         """Validate."""
         for name in ("top_k", "topk_group", "scaling"):
             if len(getattr(self, name)) != len(self.pool_sizes):
                 raise ValueError(f"{name}: {getattr(self, name)} must have one entry for each tier")
-        for pool, top_k, groups in zip(self.pool_sizes, self.top_k, self.topk_group, strict=True):
-            if pool <= 0 or pool % self.group_size:
+        if self.best_of_group not in (1, 2):
+            raise ValueError(f"best_of_group: {self.best_of_group} must be 1 or 2")
+        for tier, pool in enumerate(self.pool_sizes):
+            groups, top_k = self.topk_group[tier], self.top_k[tier]
+            unit = self.stripes or self.group_size
+            if pool <= 0 or pool % unit:
+                name = "stripes" if self.stripes else "group_size"
+                raise ValueError(f"pool_sizes: {pool} must be a multiple of {name} {unit}")
+            members = self.members(tier)
+            is_limited = groups * members < pool
+            if groups < 1 or (is_limited and members < self.best_of_group):
                 raise ValueError(
-                    f"pool_sizes: {pool} must be a multiple of group_size {self.group_size}"
-                )
-            is_limited = groups * self.group_size < pool
-            if groups < 1 or (is_limited and self.group_size < 2):
-                raise ValueError(
-                    f"topk_group: {groups} must be at least 1, and all of {pool // self.group_size}"
+                    f"topk_group: {groups} must be at least 1, and all of {pool // members}"
                     f" where groups have one expert"
                 )
-            if not 1 <= top_k <= min(groups * self.group_size, pool):
-                raise ValueError(
-                    f"top_k: {top_k} must be in 1 .. {min(groups * self.group_size, pool)}"
-                )
+            if not 1 <= top_k <= min(groups * members, pool):
+                raise ValueError(f"top_k: {top_k} must be in 1 .. {min(groups * members, pool)}")
+
+    def members(self, tier: int) -> int:
+        """Experts of a group that the tier may choose."""
+        return self.pool_sizes[tier] // self.stripes if self.stripes else self.group_size
 
     def num_slots(self, max_tier: int) -> int:
         """K where no tier above this one is present."""
@@ -63,12 +73,12 @@ def route(
     table: RouterTable,
     max_tier: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Each token's experts in falling order of choice: sigmoid score plus its tier's bias.
+    """Each token's experts in falling order of choice: score plus its tier's bias.
 
     Only experts of the tier's pool and, where the tier is limited to some groups, of those whose
-    two best choices have the largest sums. Of equals the lower index goes first (PyTorch, on other
-    devices, promises no order). Scores are fp32. On CPUs a token's result does not depend on the
-    others; PyTorch does it in the cases that `linear` names.
+    best choices (`best_of_group` of them) have the largest sums. Of equals the lower index goes
+    first (PyTorch, on other devices, promises no order). Scores are fp32. On CPUs a token's result
+    does not depend on the others; PyTorch does it in the cases that `linear` names.
 
     Args:
         hidden: [T, D].
@@ -133,20 +143,28 @@ def route_torch(
     def of_tier(values: tuple[int, ...] | tuple[float, ...]) -> Tensor:
         return torch.tensor(values, device=tiers.device)[known_T]
 
-    scores_TE = F.linear(hidden.float(), weight.float()).sigmoid()
+    logits_TE = F.linear(hidden.float(), weight.float())
     outside_TE = torch.arange(experts, device=tiers.device) >= of_tier(table.pool_sizes)[:, None]
+    if table.softmax:
+        scores_TE = logits_TE.masked_fill(outside_TE, float("-inf")).softmax(-1)
+    else:
+        scores_TE = logits_TE.sigmoid()
     choice_TE = (scores_TE + tier_bias[known_T]).masked_fill(outside_TE, float("-inf"))
     if any(
-        groups * table.group_size < pool
-        for groups, pool in zip(table.topk_group, table.pool_sizes, strict=True)
+        groups * table.members(tier) < table.pool_sizes[tier]
+        for tier, groups in enumerate(table.topk_group)
     ):
-        choice_TGE = choice_TE.view(len(hidden), -1, table.group_size)
-        best_TG = choice_TGE.topk(2, -1).values.sum(-1)
+        if table.stripes:
+            choice_TGE = choice_TE.view(len(hidden), -1, table.stripes).mT
+        else:
+            choice_TGE = choice_TE.view(len(hidden), -1, table.group_size)
+        best_TG = choice_TGE.topk(table.best_of_group, -1).values.sum(-1)
         best_TG = best_TG.argsort(dim=-1, descending=True, stable=True)
         groups_T1 = of_tier(table.topk_group)[:, None]
         kept_TG = torch.arange(best_TG.shape[1], device=tiers.device) < groups_T1
         kept_TG = torch.zeros_like(kept_TG).scatter(1, best_TG, kept_TG)
-        choice_TE = choice_TGE.masked_fill(~kept_TG[..., None], float("-inf")).flatten(1)
+        choice_TGE = choice_TGE.masked_fill(~kept_TG[..., None], float("-inf"))
+        choice_TE = (choice_TGE.mT if table.stripes else choice_TGE).flatten(1)
     index_TK = choice_TE.argsort(dim=-1, descending=True, stable=True)[:, :slots]
     empty_TK = torch.arange(slots, device=tiers.device) >= of_tier(table.top_k)[:, None]
     empty_TK = empty_TK | (tiers < 0)[:, None]

@@ -81,7 +81,7 @@ def load_metrics(load: Tensor, config: DvpaConfig) -> dict[str, float]:
         found[f"balance/max_violation/{name}"] = float(violation.mean())
         found[f"balance/max_violation_worst_layer/{name}"] = float(violation.max())
         found[f"balance/dead_experts/{name}"] = float((own == 0).sum())
-        groups = own.reshape(len(own), -1, config.group_size)
+        groups = own.reshape(len(own), -1, config.unit_size)
         shares = groups.sum(-1) / own.sum(-1, keepdims=True)
         for group in range(groups.shape[1]):
             inside, place = groups[:, group], f"{name}/group_{group}"

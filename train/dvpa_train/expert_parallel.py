@@ -103,7 +103,7 @@ def shard_experts(model: DvpaForCausalLM, mesh: DeviceMesh) -> list[ShardedExper
     for module in list(model.modules()):
         experts = getattr(module, "experts", None)
         if isinstance(experts, DvpaExperts):
-            module.experts = ShardedExperts(experts, model.config.n_group, mesh)
+            module.experts = ShardedExperts(experts, model.config.num_units, mesh)
             sharded.append(module.experts)
     return sharded
 

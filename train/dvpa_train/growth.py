@@ -33,7 +33,7 @@ class Grown:
     """
 
     def __init__(self, source: Source, small: DvpaConfig, config: DvpaConfig, seed: int) -> None:
-        if config.group_size != small.group_size or config.tiers[: small.num_tiers] != small.tiers:
+        if config.unit_size != small.unit_size or config.tiers[: small.num_tiers] != small.tiers:
             raise ValueError(
                 f"config: its tiers {config.tier_names} must begin with the model's "
                 f"{small.tier_names}"

@@ -28,7 +28,7 @@ def load_table(load: IntArray, config: DvpaConfig) -> dict[str, list[object]]:
     """
     layers, columns = moe_layers(config, len(load)), ("layer", "tier", "group", "expert", "rows")
     lines = [
-        (layers[place], name, expert // config.group_size, expert, int(rows))
+        (layers[place], name, expert // config.unit_size, expert, int(rows))
         for place, of_layer in enumerate(load)
         for tier, name in enumerate(config.tier_names)
         for expert, rows in enumerate(of_layer[tier, : config.pool_size(tier)])
@@ -90,7 +90,7 @@ def _draw(
     axes: Axes, values: FloatArray, layers: list[int], config: DvpaConfig, scale: ScalarMappable
 ) -> None:
     """One layer below the other, `values` [layers, tiers, experts]; a line of text above each."""
-    tiers, size, experts = config.num_tiers, config.group_size, config.n_routed_experts
+    tiers, size, experts = config.num_tiers, config.unit_size, config.n_routed_experts
     lines = np.full((len(layers), tiers + 1, experts), np.nan)
     lines[:, 1:] = values
     lines = lines.reshape(-1, experts)

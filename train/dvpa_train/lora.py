@@ -133,7 +133,7 @@ def _keep_to_groups(model: DvpaForCausalLM, groups: list[int]) -> None:
 
 def _experts_of(config: DvpaConfig, groups: list[int]) -> Tensor:
     """1.0 for the experts of these groups, else 0.0; [E]."""
-    of_group = torch.arange(config.n_routed_experts) // config.group_size
+    of_group = torch.arange(config.n_routed_experts) // config.unit_size
     return torch.isin(of_group, torch.tensor(groups)).float()
 
 

@@ -117,7 +117,7 @@ def _check_lora(recipe: "Recipe", config: DvpaConfig, where: str) -> None:
     if not lora.targets:
         raise ValueError(f"{where}.targets: must not be empty")
     for group in lora.groups:
-        if not 0 <= group < config.n_group:
-            raise ValueError(f"{where}.groups: {group} must be in 0 .. {config.n_group - 1}")
+        if not 0 <= group < config.num_units:
+            raise ValueError(f"{where}.groups: {group} must be in 0 .. {config.num_units - 1}")
     if lora.groups and "experts" not in lora.targets:
         raise ValueError(f"{where}.groups: only experts have groups, and targets leaves them out")

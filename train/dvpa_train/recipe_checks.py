@@ -65,10 +65,10 @@ def _check_strategy(recipe: "Recipe", path: Path, config: DvpaConfig) -> None:
     if strategy.expert_parallel > 1 and strategy.kind != "fsdp2":
         # ZeRO-3 overwrites own experts with rank 0's, without a word; 1 and 2 cannot save them.
         raise ValueError(f"{where}.expert_parallel: needs kind fsdp2, not {strategy.kind}")
-    if config.group_size % strategy.expert_parallel:
+    if config.unit_size % strategy.expert_parallel:
         raise ValueError(
             f"{where}.expert_parallel: {strategy.expert_parallel} must divide the "
-            f"{config.group_size} experts of a group"
+            f"{config.unit_size} experts of a group"
         )
     if recipe.lora is not None and strategy.kind not in ("single", "ddp"):
         raise ValueError(f"{where}.kind: lora needs single or ddp, not {strategy.kind}")

@@ -88,7 +88,7 @@ inline Mlp plan_mlp(const void* x, const void* w_gate_up, const void* w_down, vo
 struct RouterTable {
   const int64_t *pool, *top_k, *topk_group;
   const float* factor;
-  int64_t tiers, group_size, normalises;
+  int64_t tiers, group_size, normalises, softmax, best_of_group, stripes;
 };
 
 // Fills all but the outputs.
@@ -101,10 +101,11 @@ inline Route plan_route(const void* x, const void* weight, const float* tier_bia
     slots = table.top_k[i] > slots ? table.top_k[i] : slots;
     pool = table.pool[i] > pool ? table.pool[i] : pool;
   }
-  const int64_t items = tokens * (experts + experts / table.group_size);
+  const int64_t groups = table.stripes ? table.stripes : experts / table.group_size;
+  const int64_t items = tokens * (experts + groups);
   return {x, weight, tier_bias, tiers, table.pool, table.top_k, table.topk_group, table.factor,
-          tokens, hidden, experts, table.group_size, slots, pool, table.normalises != 0, nullptr,
-          nullptr, arena.take<float>(tokens * experts), arena.take<float>(items),
+          tokens, hidden, experts, groups, table.group_size, table.stripes, table.best_of_group,
+          slots, pool, table.normalises != 0, table.softmax != 0, nullptr, nullptr, arena.take<float>(tokens * experts), arena.take<float>(items),
           arena.take<int32_t>(items), arena.staged(tokens, hidden), counters.take(3)};
 }
 

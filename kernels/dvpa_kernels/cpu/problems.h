@@ -103,9 +103,12 @@ struct Route {
   const int64_t* tiers;    // [T]; negative: no experts
   const int64_t *pool, *top_k, *topk_group;
   const float* factor;
-  int64_t tokens, hidden, experts, group_size, slots;
+  int64_t tokens, hidden, experts, groups, group_size;
+  int64_t stripes;        // groups of striped pools; 0: groups are contiguous
+  int64_t best_of_group;  // a group's score: the sum of so many of its best choices
+  int64_t slots;
   int64_t pool_present;  // the largest pool of these tokens' tiers
-  bool normalises;
+  bool normalises, softmax;
   int64_t* index;  // [T, K]; E: an empty slot
   float* score;    // [T, K]
 

@@ -28,6 +28,9 @@ class TableStruct(ctypes.Structure):
         ("tiers", ctypes.c_int64),
         ("group_size", ctypes.c_int64),
         ("normalises", ctypes.c_int64),
+        ("softmax", ctypes.c_int64),
+        ("best_of_group", ctypes.c_int64),
+        ("stripes", ctypes.c_int64),
     )
 
 
@@ -44,6 +47,9 @@ def table_struct(table: "RouterTable") -> TableStruct:
         tiers,
         table.group_size,
         table.norm_topk_prob,
+        table.softmax,
+        table.best_of_group,
+        table.stripes,
     )
 
 

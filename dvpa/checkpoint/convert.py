@@ -1,0 +1,318 @@
+"""A Mixture-of-Experts checkpoint of another family as a dvpa checkpoint with nested tiers.
+
+Experts are ranked by what they add on a calibration text (REAP, see `importance`) and stored most
+important first, so that a tier's pool is a prefix; experts whose outputs dwarf all others come
+first whatever their rank. Routing is untouched but for the experts' numbers: the top tier computes
+what the source computes. Nothing is trained; the report says what each tier loses by that.
+
+One layer is in memory while experts are measured, one tensor while they are written. The new folder
+appears complete or not at all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dvpa.architecture import TOP_TIER_FIELDS
+from dvpa.checkpoint.calibration_text import CalibrationText
+from dvpa.checkpoint.export import COPIED_FILES
+from dvpa.checkpoint.families import limits_groups
+from dvpa.checkpoint.importance import (
+    Importance,
+    Progress,
+    measure_importance,
+    super_experts,
+    tier_losses,
+)
+from dvpa.checkpoint.pools import TierWish, as_mapping, default_tiers, order_experts, tier_fields
+from dvpa.checkpoint.shards import (
+    DEFAULT_SHARD_BYTES,
+    DTYPES,
+    ShardWriter,
+    TensorInfo,
+    copy_file,
+    staged_folder,
+    write_json,
+)
+from dvpa.checkpoint.source import Source, open_source
+from dvpa.checkpoint.tier_plan import STORED
+from dvpa.config import DvpaConfig
+from dvpa.model.causal_lm import TIER_MAP_FILE
+from dvpa.model.standalone import AUTO_MAP, write_standalone
+from dvpa.model.tensor_names import ROUTER_WEIGHT, TIER_BIAS, expert_index, tensor_shapes
+from dvpa.pricing import price
+from dvpa.tiers.tier_map import TierMap
+
+RECORD_FILE = "conversion.json"
+POOLS = ("prefix", "striped")
+
+
+@dataclass(frozen=True)
+class ConvertedTier:
+    """A tier of the new checkpoint; `nll` (nats per token, held-out text) where it was measured."""
+
+    name: str
+    pool: int
+    top_k: int
+    topk_group: int
+    routed_scaling_factor: float
+    activated_params: int
+    nll: float | None
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did; `conversion.json` beside the weights.
+
+    Attributes:
+        source: the model type that was taken in.
+        tiers: base first.
+        text: where the calibration text came from; None where the source's order was kept.
+        tokens, held_out_tokens: how many measured the experts, and the tiers.
+        expert_order: by layer, the source's expert at each place.
+        importance: by layer, REAP of the source's experts.
+        pool: the kind of the tiers' pools.
+        pools: losses of every tier by kind of pool, where they were measured.
+        not_possible: kinds of pools that were not compared, and why.
+        super_experts: (layer, source's expert) pairs put into every pool.
+        unpinned: those of them that the base pool has no room for.
+        never_chosen: experts without a single token, over all layers.
+        left_out: tensors that were not taken over, by reason.
+        num_tensors, num_bytes: what was written.
+    """
+
+    source: str
+    tiers: list[ConvertedTier]
+    text: str | None
+    tokens: int
+    held_out_tokens: int
+    pool: str
+    pools: dict[str, list[float]]
+    not_possible: dict[str, str]
+    expert_order: dict[str, list[int]]
+    importance: dict[str, list[float]]
+    super_experts: list[tuple[int, int]]
+    unpinned: list[tuple[int, int]]
+    never_chosen: int
+    left_out: dict[str, int]
+    num_tensors: int
+    num_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dictionary."""
+        return asdict(self)
+
+
+def convert_checkpoint(
+    source: Path | str,
+    out: Path | str,
+    text: CalibrationText | None,
+    *,
+    tiers: Sequence[TierWish] | None = None,
+    pool: str = "auto",
+    dtype: str = "auto",
+    drop_mtp: bool = False,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Progress = lambda text: None,
+) -> ConversionReport:
+    """Write the checkpoint folder `source` to the new folder `out`, as a dvpa checkpoint.
+
+    Args:
+        source: a folder with config.json and safetensors, of a family in `FAMILIES`.
+        out: a new folder; it appears complete or not at all.
+        text: what experts are measured on; None keeps their order.
+        tiers: base first; default `default_tiers`.
+        pool: "prefix", "striped", or "auto": the kind whose lower tiers lose less on the text.
+        dtype: of the new weights: "auto" (as they are) or a key of `STORED`.
+        drop_mtp: leave the multi-token prediction module out.
+        shard_bytes: at most so many bytes of tensors in a file.
+        progress: told what is being done.
+
+    Raises:
+        FileNotFoundError: no checkpoint there, or a shard is missing.
+        ValueError: what `open_source` refuses; tiers that do not fit; `out` not empty.
+    """
+    if dtype != "auto" and dtype not in STORED:
+        raise ValueError(f"dtype: {dtype!r} must be 'auto' or one of {', '.join(STORED)}")
+    opened = open_source(source, drop_mtp)
+    wishes = list(tiers) if tiers is not None else default_tiers(opened.config)
+    configs, not_possible = _configs(opened, wishes, pool, text is not None)
+    size = opened.config.vocab_size
+    if text is not None and int(text.ids.max()) >= size:
+        raise ValueError(
+            f"calibration text: token {int(text.ids.max())} must be below vocab_size = {size}"
+        )
+    with staged_folder(Path(out)) as folder:  # refuses a full `out` before the long work
+        measured = None if text is None else measure_importance(opened, text.measuring, progress)
+        pinned = super_experts(measured.peaks) if measured else []
+        plans = {
+            kind: (config, _orders(opened.config, measured, pinned, kind))
+            for kind, config in configs.items()
+        }
+        losses: dict[str, list[float]] = {}
+        if text is not None:
+            losses = tier_losses(opened, plans, text.held_out, progress)
+        chosen = min(plans, key=lambda kind: sum(losses.get(kind, ())))
+        config, orders = plans[chosen]
+        progress("writing")
+        plan = _plan(opened, config, dtype)
+        _write(opened, config, orders, plan, folder, shard_bytes)
+        report = ConversionReport(
+            source=opened.family.model_type,
+            tiers=_tiers(config, losses.get(chosen)),
+            text=None if text is None else text.origin,
+            tokens=0 if text is None else text.measuring.numel(),
+            held_out_tokens=0 if text is None else text.held_out.numel(),
+            pool=chosen,
+            pools=losses,
+            not_possible=not_possible,
+            expert_order=as_mapping(orders),
+            importance={
+                str(layer): scores.tolist()
+                for layer, scores in (measured.scores.items() if measured else ())
+            },
+            super_experts=pinned,
+            unpinned=_outside(pinned, orders, config.pool_size(0)),
+            never_chosen=sum(int((c == 0).sum()) for c in measured.counts.values())
+            if measured
+            else 0,
+            left_out=_count(opened.left_out.values()),
+            num_tensors=len(plan),
+            num_bytes=sum(info.num_bytes for info in plan.values()),
+        )
+        write_json(folder / RECORD_FILE, report.to_dict())
+    return report
+
+
+def _configs(
+    source: Source, wishes: Sequence[TierWish], pool: str, can_compare: bool
+) -> tuple[dict[str, DvpaConfig], dict[str, str]]:
+    """The new checkpoint's config by kind of pool, and why a kind is not among them.
+
+    Raises:
+        ValueError: tiers that fit no kind.
+    """
+    if pool not in ("auto", *POOLS):
+        raise ValueError(f"pool: {pool!r} must be 'auto' or one of {', '.join(POOLS)}")
+    wanted: Sequence[str] = (pool,)
+    if pool == "auto":
+        wanted = POOLS if can_compare and limits_groups(source.config) else POOLS[:1]
+    configs, failed = {}, {}
+    for kind in wanted:
+        data = source.config.to_dict()
+        for name in TOP_TIER_FIELDS:
+            data.pop(name)
+        try:
+            data.update(tier_fields(source.config, wishes, kind))
+            configs[kind] = DvpaConfig.from_dict(data)
+        except ValueError as error:
+            failed[kind] = error
+    if not configs:
+        raise next(iter(failed.values()))
+    return configs, {kind: str(error) for kind, error in failed.items()}
+
+
+def _orders(
+    config: DvpaConfig,
+    measured: Importance | None,
+    pinned: Sequence[tuple[int, int]],
+    pool: str,
+) -> dict[int, Tensor]:
+    """By layer, the source's experts in their new order."""
+    layers = range(
+        config.first_k_dense_replace, config.num_hidden_layers + config.num_nextn_predict_layers
+    )
+    orders = {}
+    for layer in layers:
+        experts = config.n_routed_experts
+        scores = torch.zeros(experts) if measured is None else measured.scores[layer]
+        is_pinned = torch.zeros(experts, dtype=torch.bool)
+        is_pinned[[expert for of_layer, expert in pinned if of_layer == layer]] = True
+        orders[layer] = order_experts(config, scores, is_pinned, pool)
+    return orders
+
+
+def _outside(
+    pinned: Sequence[tuple[int, int]], orders: dict[int, Tensor], pool: int
+) -> list[tuple[int, int]]:
+    """Those (layer, expert) pairs that are not among the first `pool` of their layer."""
+    return [each for each in pinned if each[1] not in orders[each[0]][:pool].tolist()]
+
+
+def _plan(source: Source, config: DvpaConfig, dtype: str) -> dict[str, TensorInfo]:
+    """What to write, in order."""
+    plan = {}
+    for name, shape in tensor_shapes(config).items():
+        code = source.info(name).dtype
+        if name.endswith(TIER_BIAS):
+            code = "F32"
+        elif dtype != "auto":
+            code = STORED[dtype]
+        plan[name] = TensorInfo(code, shape)
+    return plan
+
+
+def _write(
+    source: Source,
+    config: DvpaConfig,
+    orders: dict[int, Tensor],
+    plan: dict[str, TensorInfo],
+    folder: Path,
+    shard_bytes: int,
+) -> None:
+    """Fill the new folder."""
+    with ShardWriter(folder, plan, shard_bytes) as writer:
+        for name, info in plan.items():
+            tensor = _moved(source, config, orders, name)
+            writer.write(name, tensor.to(DTYPES[info.dtype]))
+    for path in sorted(source.folder.iterdir()):
+        if path.name in COPIED_FILES.split() or path.name.startswith("LICENSE"):
+            copy_file(path, folder)
+    weights = next(info.dtype for name, info in plan.items() if not name.endswith(TIER_BIAS))
+    config.architectures, config.auto_map = ["DvpaForCausalLM"], dict(AUTO_MAP)
+    config.dtype = DTYPES[weights]
+    write_json(folder / "config.json", config.to_dict())
+    costs = [float(tier.activated_params) for tier in price(config).tiers]
+    TierMap.untrained(config.tier_names, costs).save(folder / TIER_MAP_FILE)
+    write_standalone(folder)
+
+
+def _moved(source: Source, config: DvpaConfig, orders: dict[int, Tensor], name: str) -> Tensor:
+    """A tensor of the new checkpoint."""
+    if name.endswith((ROUTER_WEIGHT, TIER_BIAS)):
+        order_E = orders[int(name.split(".")[2])]
+        if name.endswith(TIER_BIAS):
+            return source.read(name)[:, order_E].expand(config.num_tiers, -1)
+        return source.read(name)[order_E]
+    expert = expert_index(name)
+    if expert is None:
+        return source.read(name)
+    moved = int(orders[int(name.split(".")[2])][expert])
+    return source.read(name.replace(f".experts.{expert}.", f".experts.{moved}."))
+
+
+def _tiers(config: DvpaConfig, losses: Sequence[float] | None) -> list[ConvertedTier]:
+    priced = price(config).tiers
+    return [
+        ConvertedTier(
+            name=tier.name,
+            pool=config.pool_size(i),
+            top_k=tier.top_k,
+            topk_group=tier.topk_group,
+            routed_scaling_factor=tier.routed_scaling_factor,
+            activated_params=priced[i].activated_params,
+            nll=None if losses is None else losses[i],
+        )
+        for i, tier in enumerate(config.tiers)
+    ]
+
+
+def _count(reasons: Any) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for reason in reasons:
+        counts[reason] = counts.get(reason, 0) + 1
+    return counts
