@@ -65,7 +65,6 @@ class Finished:
 
     seconds: float  # all of it
     steps: dict[tuple[str, int], tuple[str, ...]]  # (stage, step) -> COMPARED, as it was taken last
-    taken: int  # steps, with those taken twice
     files: dict[str, str]  # SHA-256 of the weights, the tier map, the outcomes
     noticed: dict[int, float] = field(default_factory=dict)  # by a node's launcher
     resumed: list[tuple[float, str, int]] = field(default_factory=list)  # when, stage, step
@@ -115,8 +114,8 @@ def run(nodes: TwoNodes, plan: Plan, folder: Path, eventful: bool) -> Finished:
         time.sleep(POLL_S)
     if eventful and happened is None:
         raise RuntimeError(f"{folder}: the run was over before {plan.at} was seen")
-    steps, taken = logged(folder / "run")
-    found = Finished(time.monotonic() - began, steps, taken, hashes(folder / "run"))
+    files = hashes(folder / "run")
+    found = Finished(time.monotonic() - began, logged(folder / "run"), files)
     if happened is not None:
         found.relaunched, found.back = relaunched, back
         found.noticed = noticing(nodes, happened)
@@ -167,24 +166,22 @@ def launch(nodes: TwoNodes, node: int, plan: Plan, folder: Path) -> None:
     nodes.start(node, command, environment, folder / f"node{node}.log")
 
 
-def logged(run_folder: Path) -> tuple[dict[tuple[str, int], tuple[str, ...]], int]:
-    """Every step that the run's logs tell of, as it was taken last; and how many were taken."""
-    steps: dict[tuple[str, int], tuple[str, ...]] = {}
-    taken = 0
-    tables = (run_folder / "logs").glob("version_*/metrics.csv")
-    for path in sorted(tables, key=lambda path: int(path.parent.name.partition("_")[2])):
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                (stage,) = (n.removesuffix("/loss") for n in row if n.endswith("/loss") and row[n])
-                steps[stage, int(row["step"])] = tuple(row[f"{stage}/{name}"] for name in COMPARED)
-                taken += 1
-    return steps, taken
+def logged(run_folder: Path) -> dict[tuple[str, int], tuple[str, ...]]:
+    """Every step that the run's log tells of; one that was taken twice, as it was taken last."""
+    path = run_folder / "logs" / "metrics.csv"
+    if not path.is_file():
+        return {}
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if all(row.get(name) for name in COMPARED)]
+    return {
+        (row["stage_name"], int(row["step"])): tuple(row[name] for name in COMPARED) for row in rows
+    }
 
 
 def is_taken(run_folder: Path, at: str) -> bool:
     """Whether the logs tell of that step (STAGE/STEP, counted from 1 in its stage), or a later."""
     stage, _, step = at.partition("/")
-    in_stage = [number for name, number in logged(run_folder)[0] if name == stage]
+    in_stage = [number for name, number in logged(run_folder) if name == stage]
     return len(in_stage) >= int(step)
 
 
@@ -223,8 +220,7 @@ def report(plan: Plan, reference: Finished, found: Finished) -> str:
         *([] if found.resumed else ["no checkpoint of the stage was whole: it began again"]),
         f"finished after {found.seconds:.1f} s, "
         f"{found.seconds - reference.seconds:.1f} s more than the run that was left alone",
-        f"{len(reference.steps)} steps and {len(reference.files)} files compared, "
-        f"{found.taken - len(found.steps)} steps taken twice",
+        f"{len(reference.steps)} steps and {len(reference.files)} files compared",
     ]
     unlike = differences(reference, found)
     lines += [f"NOT EQUAL: {line}" for line in unlike] or ["equal bit for bit"]

@@ -60,27 +60,24 @@ def rehearse(nodes: Any, unbroken: Any, folder: Path, **plan: Any) -> Any:
 def test_a_comparison_finds_one_bit_one_step_and_one_file() -> None:
     steps = {("joint", 0): ("0.1", "1.0"), ("joint", 1): ("0.2", "1.0")}
     files = {"outcomes/test.jsonl": "a", "checkpoint/model.safetensors": "b"}
-    one = rehearse_nodes.Finished(1.0, steps, 2, files)
+    one = rehearse_nodes.Finished(1.0, steps, files)
     assert rehearse_nodes.differences(one, one) == []
     turned = steps | {("joint", 1): ("0.20000000000000004", "1.0")}
-    (bit,) = rehearse_nodes.differences(one, rehearse_nodes.Finished(1.0, turned, 2, files))
+    (bit,) = rehearse_nodes.differences(one, rehearse_nodes.Finished(1.0, turned, files))
     assert bit.startswith("joint step 1: 0.20000000000000004")
     step = {("joint", 0): steps["joint", 0]}
-    assert len(rehearse_nodes.differences(one, rehearse_nodes.Finished(1.0, step, 1, files))) == 1
+    assert len(rehearse_nodes.differences(one, rehearse_nodes.Finished(1.0, step, files))) == 1
     file = {"outcomes/test.jsonl": "a"}
-    other = rehearse_nodes.Finished(1.0, steps, 2, file)
+    other = rehearse_nodes.Finished(1.0, steps, file)
     assert rehearse_nodes.differences(one, other) == ["checkpoint/model.safetensors"]
 
 
-def test_a_step_counts_as_it_was_taken_last(tmp_path: Path) -> None:
-    for version, rows in ((2, "grow/loss,grow/gradient_norm,step\n1,2,12\n3,4,13\n"), (10, "")):
-        folder = tmp_path / "logs" / f"version_{version}"
-        folder.mkdir(parents=True)
-        rows = rows or "grow/loss,grow/gradient_norm,joint/loss,joint/gradient_norm,step\n"
-        rows += "5,6,,,13\n,,7,8,18\n" if version == 10 else ""
-        (folder / "metrics.csv").write_text(rows)
-    steps, taken = rehearse_nodes.logged(tmp_path)
-    assert taken == 4
+def test_the_log_tells_which_steps_were_taken(tmp_path: Path) -> None:
+    assert rehearse_nodes.logged(tmp_path) == {}
+    (tmp_path / "logs").mkdir()
+    rows = "step,stage_name,loss,gradient_norm\n12,grow,1,2\n13,grow,5,6\n18,joint,7,8\n19,joi"
+    (tmp_path / "logs" / "metrics.csv").write_text(rows)  # the last line is being written
+    steps = rehearse_nodes.logged(tmp_path)
     assert steps == {("grow", 12): ("1", "2"), ("grow", 13): ("5", "6"), ("joint", 18): ("7", "8")}
     assert rehearse_nodes.is_taken(tmp_path, "grow/2")
     assert not rehearse_nodes.is_taken(tmp_path, "grow/3")
