@@ -218,7 +218,7 @@ def compare(row: str, machine: Machine, share: float, measured: dict[str, float]
     """A row's predictions beside its measurements."""
     assume = Assumptions(
         efficiency=min(share, 1.0), memory_efficiency=1.0, imbalance=1.0, compute_bytes=4.0,
-        experts_are_fused=0.0, reserved_bytes=0.0,
+        reserved_bytes=0.0,
     )  # fmt: skip
     stage, config = stage_of(row), model_config(ROWS[row][0])
     layout = Layout(1, 1, ROWS[row][5])

@@ -56,7 +56,7 @@ def test_activations_are_what_autograd_keeps(name: str, dtype: torch.dtype) -> N
     batch, length = 4, 64
     measured = saved_bytes(model, torch.randint(5, 300, (batch, length)), torch.arange(4))
     stage = TrainStage("all", 4, 1, batch, length, (0.25,) * 4)
-    assume = Assumptions(imbalance=1.0, compute_bytes=dtype.itemsize, experts_are_fused=0.0)
+    assume = Assumptions(imbalance=1.0, compute_bytes=dtype.itemsize)
     numbers = stage_model(config, stage)
     lines = predict_memory(numbers, stage, Layout(1, 1, False), batch, assume)
     predicted = {line.name: line.value for line in lines}["activations kept"]

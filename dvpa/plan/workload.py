@@ -111,7 +111,8 @@ class Assumptions:
             So does plain fp32.
         reduce_bytes: of a gradient on its way to its owner.
         experts_are_fused: 1: the experts are one operator that keeps its 2 F hidden values of a row
-            for the backward pass (Triton); 0: products under autograd, which keeps 3 D + 4 F (CPU).
+            for the backward pass (Triton, CPU); 0: products under autograd, which keeps 3 D + 4 F
+            (the `torch` backend).
         reserved_bytes: the driver's context, NCCL's channels, fragmentation.
     """
 

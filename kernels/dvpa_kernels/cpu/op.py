@@ -1,5 +1,7 @@
 """The CPU backend of `moe_mlp`: the C++ kernel where it wins, `F.grouped_mm` elsewhere.
 
+Training takes one expert after the other (`per_expert.py`).
+
 Letters: T tokens, D hidden, F expert width, E experts, R rows.
 """
 
@@ -7,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dvpa_kernels.cpu.library import FORMATS, run_kernel, status
+from dvpa_kernels.per_expert import MoeMlpPerExpert
 from dvpa_kernels.routing import COLUMNS, RowRouting
 from dvpa_kernels.torch_grouped import moe_mlp_torch
 
@@ -38,9 +41,10 @@ def moe_mlp_cpu(
 ) -> Tensor:
     """As `moe_mlp_torch`; sums in fp32 throughout, and bitwise the same for any number of threads.
 
-    `moe_mlp_torch` does it instead where a gradient is asked for, where experts have many rows
-    each, for fp64, and on a machine without the kernel (announced once). Under `torch.compile` this
-    is one operator, `dvpa_kernels::cpu_moe_mlp`.
+    `MoeMlpPerExpert` does it instead where a gradient is asked for (under `torch.compile`,
+    `moe_mlp_torch`); `moe_mlp_torch` does where experts have many rows each, for fp64, and on a
+    machine without the kernel (announced once). Without gradients, compiled, this is one operator,
+    `dvpa_kernels::cpu_moe_mlp`.
 
     Args:
         x: [T, D] on the CPU.
@@ -57,10 +61,15 @@ def moe_mlp_cpu(
         raise RuntimeError(f"backend 'cpu': x is on {x.device}; use 'triton' or 'torch' there")
     floating = (x, w_gate_up, w_down, routing.weight)
     wants_grad = torch.is_grad_enabled() and any(value.requires_grad for value in floating)
+    is_traced = torch.compiler.is_compiling() or type(x) is not Tensor
+    y: Tensor
+    if wants_grad and not is_traced:
+        y = MoeMlpPerExpert.apply(x, w_gate_up, w_down, *routing.without_padding().columns)
+        return y
     if wants_grad or x.dtype not in FORMATS:
         return moe_mlp_torch(x, w_gate_up, w_down, routing)
-    if torch.compiler.is_compiling() or type(x) is not Tensor:
-        y: Tensor = cpu_moe_mlp(x, w_gate_up, w_down, *routing.columns)
+    if is_traced:
+        y = cpu_moe_mlp(x, w_gate_up, w_down, *routing.columns)
         return y
     return _run(x, w_gate_up, w_down, routing, isa)
 
