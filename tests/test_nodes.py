@@ -5,6 +5,7 @@ DVPA_NODE_EVENTS: how the node is lost (default cut; the full rehearsal is cut,k
 """
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -109,6 +110,38 @@ with processes(StrategyConfig(kind="ddp", timeout_s=60)) as among:
         os._exit(1)
     time.sleep(120)  # lost, to the first process
 """
+
+
+STOPPED = """
+import os, sys, time
+from pathlib import Path
+from two_nodes import two_nodes
+with two_nodes() as nodes:
+    nodes.start(1, ["sleep", "600"], dict(os.environ), Path(sys.argv[1]))
+    print(*nodes.names, nodes.processes[1].pid, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_nothing_is_left_of_nodes_that_are_stopped(signum: signal.Signals, tmp_path: Path) -> None:
+    if reason := two_nodes.why_not():
+        pytest.skip(f"no two nodes on this machine: {reason}")
+    running = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, str(tmp_path / "log")],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert running.stdout is not None
+    *names, pid = running.stdout.readline().split()
+    assert len(names) == 2 and Path("/proc", pid).exists()
+    running.send_signal(signum)
+    assert "KeyboardInterrupt" in running.communicate(timeout=PATIENCE_S)[1]
+    left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+    assert not any(name in left for name in names)
+    assert not Path("/proc", pid).exists()
 
 
 @pytest.mark.slow
