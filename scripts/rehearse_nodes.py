@@ -83,6 +83,9 @@ def run(nodes: TwoNodes, plan: Plan, folder: Path, eventful: bool) -> Finished:
     folder.mkdir(parents=True)
     began = time.monotonic()
     nodes.lines.clear()
+    for node in (0, 1):  # as an earlier run that failed may have left them
+        nodes.kill(node)
+        nodes.join(node)
     for node in (0, 1):
         launch(nodes, node, plan, folder)
     happened: float | None = None

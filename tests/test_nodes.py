@@ -1,8 +1,11 @@
 """Two nodes on one machine, one of them lost and found again: the run is the same.
 
 Needs root, for network namespaces; see scripts/rehearse_nodes.py.
+DVPA_NODE_EVENTS: how the node is lost (default cut; the full rehearsal is cut,kill).
 """
 
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train_world import environment
+from train_world import PATIENCE_S, environment
 
 from dvpa_train.config import StrategyConfig
 from dvpa_train.processes import processes
@@ -20,6 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
 rehearse_nodes = import_module("rehearse_nodes")
 two_nodes = import_module("two_nodes")
 
+EVENTS = os.environ.get("DVPA_NODE_EVENTS", "cut").split(",")
 # pico with fewer questions to score; every stage is there.
 SETTINGS = ("difficulty.items=30", "difficulty.steps=2", "calibration.items=30")
 # A checkpoint is whole before the next is begun: at step 7 there is one.
@@ -44,17 +48,6 @@ def unbroken(nodes: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     plan = rehearse_nodes.Plan(settings=SETTINGS)
     folder = tmp_path_factory.mktemp("unbroken")
     return rehearse_nodes.run(nodes, plan, folder, eventful=False)
-
-
-def rehearse(nodes: Any, unbroken: Any, folder: Path, **plan: Any) -> Any:
-    planned = rehearse_nodes.Plan(settings=SETTINGS, at=AT, **plan)
-    found = rehearse_nodes.run(nodes, planned, folder, eventful=True)
-    print(rehearse_nodes.report(planned, unbroken, found))
-    assert len(unbroken.steps) == 30 and unbroken.files.keys() >= {"checkpoint/model.safetensors"}
-    assert rehearse_nodes.differences(unbroken, found) == []
-    assert found.resumed and found.resumed[0][1] == "joint"
-    assert found.resumed[0][2] in CHECKPOINTS
-    return found
 
 
 def test_a_comparison_finds_one_bit_one_step_and_one_file() -> None:
@@ -96,52 +89,90 @@ def test_several_nodes_are_refused_a_store_that_outlives_a_start(
         pass
 
 
-GROUP_OF_A_MESH = """
+ANOTHER_GROUP = """
 import os, time, torch, torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from dvpa_train.config import StrategyConfig
 from dvpa_train.processes import limit_waits, processes
 
 with processes(StrategyConfig(kind="ddp", timeout_s=60)) as among:
-    group = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")).get_group("b")
+    group = dist.new_group()
     dist.all_reduce(torch.ones(1), group=group)
     among.barrier()
     limit_waits(4)
-    if among.rank % 2:
-        time.sleep(120)  # lost, to the other process of the group
-    try:
-        dist.all_reduce(torch.ones(1), group=group)
-    except RuntimeError as error:
-        print(f"rank {among.rank}: {error}", flush=True)
+    if among.is_first:
+        try:
+            dist.all_reduce(torch.ones(1), group=group)
+        except RuntimeError as error:
+            print(error, flush=True)
         os._exit(1)
+    time.sleep(120)  # lost, to the first process
 """
 
 
+STOPPED = """
+import os, sys, time
+from pathlib import Path
+from two_nodes import two_nodes
+with two_nodes() as nodes:
+    nodes.start(1, ["sleep", "600"], dict(os.environ), Path(sys.argv[1]))
+    print(*nodes.names, nodes.processes[1].pid, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_nothing_is_left_of_nodes_that_are_stopped(signum: signal.Signals, tmp_path: Path) -> None:
+    if reason := two_nodes.why_not():
+        pytest.skip(f"no two nodes on this machine: {reason}")
+    running = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, str(tmp_path / "log")],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert running.stdout is not None
+    *names, pid = running.stdout.readline().split()
+    assert len(names) == 2 and Path("/proc", pid).exists()
+    running.send_signal(signum)
+    assert "KeyboardInterrupt" in running.communicate(timeout=PATIENCE_S)[1]
+    left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+    assert not any(name in left for name in names)
+    assert not Path("/proc", pid).exists()
+
+
 @pytest.mark.slow
-def test_waits_in_the_groups_of_a_device_mesh_end(tmp_path: Path) -> None:
-    script = tmp_path / "mesh.py"
-    script.write_text(GROUP_OF_A_MESH)
+def test_waits_end_in_groups_that_others_make(tmp_path: Path) -> None:
+    """As device meshes and DeepSpeed make them: for 30 minutes, if nothing is done about it."""
+    script = tmp_path / "another_group.py"
+    script.write_text(ANOTHER_GROUP)
     done = subprocess.run(
         [
-            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4",
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
             "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(script),
         ],
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=PATIENCE_S,
     )  # fmt: skip
     assert "Timed out waiting 4000ms" in done.stdout, done.stderr[-3000:]
 
 
 @pytest.mark.slow
-def test_a_node_is_cut_off_and_comes_back(nodes: Any, unbroken: Any, tmp_path: Path) -> None:
-    found = rehearse(nodes, unbroken, tmp_path, event="cut")
-    assert found.noticed.keys() == {0, 1}, "neither waits for ever"
-    assert found.relaunched == [], "the launchers meet again by themselves"
-
-
-@pytest.mark.slow
-def test_a_node_is_killed_and_started_again(nodes: Any, unbroken: Any, tmp_path: Path) -> None:
-    found = rehearse(nodes, unbroken, tmp_path, event="kill")
-    assert [node for _, node in found.relaunched] == [1], "the other launcher waits for it"
+@pytest.mark.parametrize("event", EVENTS)
+def test_a_node_is_lost_and_comes_back(
+    event: str, nodes: Any, unbroken: Any, tmp_path: Path
+) -> None:
+    plan = rehearse_nodes.Plan(event, at=AT, settings=SETTINGS)
+    found = rehearse_nodes.run(nodes, plan, tmp_path, eventful=True)
+    print(rehearse_nodes.report(plan, unbroken, found))
+    assert len(unbroken.steps) == 30 and unbroken.files.keys() >= {"checkpoint/model.safetensors"}
+    assert rehearse_nodes.differences(unbroken, found) == []
+    stage, step = next((stage, step) for when, stage, step in found.resumed if when > 0)
+    assert stage == "joint" and step in CHECKPOINTS
+    if event == "cut":
+        assert found.noticed.keys() == {0, 1}, "neither waits for ever"
+        assert found.relaunched == [], "the launchers meet again by themselves"
+    else:
+        assert [node for _, node in found.relaunched] == [1], "the other launcher waits for it"
