@@ -13,7 +13,7 @@ SAME = 1e-5
 STAGES_ONLY = "calibration=null"
 FULL = (
     "lora=null",
-    "freeze=[router, embeddings]",
+    "freeze=[router, experts]",
     "stages=[{name: near, kind: joint, num_tiers: 3, steps: 4, batch_size: 8, "
     "distillation: 0.5, teacher: frozen, distill_top: true}, "
     "{name: far, kind: joint, num_tiers: 3, steps: 4, batch_size: 8}]",
