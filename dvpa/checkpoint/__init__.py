@@ -1,13 +1,20 @@
-"""Checkpoints as files: shards, and one tier as a plain DeepSeek-V3 checkpoint."""
+"""Checkpoints as files: shards, merging, and one tier as a plain checkpoint. Loads lazily."""
 
-from dvpa.checkpoint.export import ExportReport, export_tier
-from dvpa.checkpoint.shards import ShardReader, ShardWriter, TensorInfo, staged_folder
+from importlib import import_module
+from typing import Any
 
-__all__ = [
-    "ExportReport",
-    "ShardReader",
-    "ShardWriter",
-    "TensorInfo",
-    "export_tier",
-    "staged_folder",
-]
+_EXPORTS = {
+    "ExportReport": "export",
+    "ShardReader": "shards",
+    "ShardWriter": "shards",
+    "TensorInfo": "headers",
+    "export_tier": "export",
+    "staged_folder": "folders",
+}
+__all__ = list(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'dvpa.checkpoint' has no attribute {name!r}")
+    return getattr(import_module(f"dvpa.checkpoint.{_EXPORTS[name]}"), name)
