@@ -1,4 +1,4 @@
-"""The header reader under arbitrary bytes: tensors that safetensors agrees with, or a ValueError."""
+"""The header reader under any bytes: tensors that safetensors agrees with, or a ValueError."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,6 @@
 """Folders that are complete or absent, and files that are on the disk once written; no PyTorch."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -20,13 +21,8 @@ def staged_folder(out: Path) -> Iterator[Path]:
     Raises:
         ValueError: `out` holds files already, or `<out>.incomplete` is not one of ours.
     """
-    out = Path(os.path.abspath(out))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: exists and is not empty; name a new folder")
-    staging = out.with_name(f"{out.name}.incomplete")
-    if staging.exists() or staging.is_symlink():
-        if staging.is_symlink() or not (staging / INCOMPLETE_MARK).is_file():
-            raise ValueError(f"{staging}: in the way, and not left by an earlier run of ours")
+    out, staging = _staging_of(out)
+    if staging.exists():
         shutil.rmtree(staging)
     staging.mkdir(parents=True)
     (staging / INCOMPLETE_MARK).touch()
@@ -39,6 +35,64 @@ def staged_folder(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+@contextmanager
+def resumable_folder(out: Path, identity: str) -> Iterator[Path]:
+    """`staged_folder` whose work outlives a kill or a failure.
+
+    A run of the same `identity` finds the staging folder as the last one left it; a run of another
+    one finds it empty. One run at a time.
+
+    Raises:
+        ValueError: as `staged_folder`, or another run is at it.
+    """
+    out, staging = _staging_of(out)
+    staging.mkdir(parents=True, exist_ok=True)
+    with (staging / INCOMPLETE_MARK).open("a+") as mark:
+        try:
+            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{staging}: another run is writing it") from None
+        mark.seek(0)
+        if mark.read() != identity:
+            _clear(staging)
+            mark.truncate(0)
+            mark.write(identity)
+            mark.flush()
+            os.fsync(mark.fileno())
+        yield staging
+        sync_folder(staging)
+        staging.replace(out)
+        (out / INCOMPLETE_MARK).unlink()
+        sync_folder(out.parent)
+
+
+def _staging_of(out: Path) -> tuple[Path, Path]:
+    """`out` and the folder that is filled for it, if neither is in the way."""
+    out = Path(os.path.abspath(out))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: exists and is not empty; name a new folder")
+    staging = out.with_name(f"{out.name}.incomplete")
+    if staging.is_symlink() or (staging.exists() and not _is_ours(staging)):
+        raise ValueError(f"{staging}: in the way, and not left by an earlier run of ours")
+    return out, staging
+
+
+def _is_ours(staging: Path) -> bool:
+    """Marked, or killed before the mark was there."""
+    return staging.is_dir() and (
+        (staging / INCOMPLETE_MARK).is_file() or not any(staging.iterdir())
+    )
+
+
+def _clear(folder: Path) -> None:
+    """Remove everything but the mark."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != INCOMPLETE_MARK:
+            path.unlink()
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,0 +1,64 @@
+"""Convex combinations of block-scaled FP8 weights: dequantised, combined in fp32, quantised anew.
+
+Codes are never combined as such: they mean different numbers under different scales. Rounding to
+E4M3 again costs about 2 % of the weight's norm, whatever is combined.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dvpa.checkpoint import fp8
+from dvpa.checkpoint.interpolate import Bytes, Sums, are_equal
+
+
+def combine_fp8(
+    codes: Sequence[Bytes | None],
+    scales: Sequence[NDArray[np.float32] | None],
+    base: int,
+    shares: Sequence[float],
+    out: tuple[Bytes, NDArray[np.float32]] | None,
+) -> Sums:
+    """`interpolate.combine` for rows of FP8 weights that start at a block.
+
+    Args:
+        codes: E4M3 [rows, columns] of every parent; None: not needed.
+        scales: fp32 [ceil(rows / 128), ceil(columns / 128)] of every parent.
+        out: codes and scales to write, shaped like the parents' (None: compare only).
+    """
+    sums = Sums([0.0] * len(codes), 0.0)
+    if are_equal(codes, base) and all(
+        scale is None or np.array_equal(scale, scales[base]) for scale in scales
+    ):
+        sums.base = _sum_of_squares(_weight(codes[base], scales[base]))
+        if out is not None:
+            out[0][:], out[1][:] = codes[base], scales[base]
+        return sums
+    centre = _weight(codes[base], scales[base])
+    sums.base = _sum_of_squares(centre)
+    total: Tensor | None = None
+    for i, (code, scale) in enumerate(zip(codes, scales, strict=True)):
+        if code is None:
+            continue
+        weight = centre if i == base else _weight(code, scale)
+        if i != base:
+            sums.differences[i] = _sum_of_squares(weight - centre)
+        if out is not None and shares[i]:
+            total = weight * shares[i] if total is None else total.add_(weight * shares[i])
+    is_finite = bool(np.isfinite([*sums.differences, sums.base]).all())
+    if out is not None and total is not None and is_finite:
+        merged, scale_inv = fp8.quantise(total)
+        out[0][:], out[1][:] = merged.view(torch.uint8).numpy(), scale_inv.numpy()
+    return sums
+
+
+def _weight(codes: Bytes | None, scale_inv: NDArray[np.float32] | None) -> Tensor:
+    assert codes is not None and scale_inv is not None
+    return fp8.dequantise(torch.from_numpy(codes).view(fp8.DTYPE), torch.from_numpy(scale_inv))
+
+
+def _sum_of_squares(weight: Tensor) -> float:
+    return float(weight.square().sum(dtype=torch.float64))
