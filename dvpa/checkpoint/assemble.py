@@ -8,19 +8,17 @@ weights have to be combined.
 """
 
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Lock
-from typing import Any
 
+from dvpa.checkpoint.assembly_output import finish_folder, free_space
 from dvpa.checkpoint.assembly_plan import FP8, Plan, plan_assembly
 from dvpa.checkpoint.assembly_report import AssemblyReport, build_report
 from dvpa.checkpoint.assembly_steps import Outcome, ParentFiles, StepRunner
-from dvpa.checkpoint.assembly_output import finish_folder, free_space
 from dvpa.checkpoint.folders import resumable_folder
 from dvpa.checkpoint.recipe import Recipe, load_recipe
 from dvpa.checkpoint.shard_files import ShardFiles

@@ -151,9 +151,7 @@ def _steps(recipe: Recipe, base: ShardHeaders, config: Mapping[str, Any]) -> lis
             _check_scale(base.folder, name, info, scale_info)
         place = place_of(name, num_layers)
         rule = recipe.rule_of(name, place)
-        steps.append(
-            Step(name, scale if scale_info else None, place, rule, info, num_bytes)
-        )
+        steps.append(Step(name, scale if scale_info else None, place, rule, info, num_bytes))
     for name in base.tensors:
         if name.endswith(SCALE_SUFFIX) and name not in scales:
             raise ValueError(f"{base.folder}: {name}: a scale without its weight")

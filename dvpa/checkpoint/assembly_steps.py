@@ -117,9 +117,7 @@ class StepRunner:
             for step, measured in zip(steps, sums, strict=True)
         ]
 
-    def _settle(
-        self, step: Step, sums: Sums | None, is_small: bool, sources: list[int]
-    ) -> Outcome:
+    def _settle(self, step: Step, sums: Sums | None, is_small: bool, sources: list[int]) -> Outcome:
         """What follows from a step's difference; `is_small`: its expert's is below the limit."""
         if sums is None:  # no numbers to compare: all bytes or none
             parent = self._base if self._is_same(step, sources) else sources[0]

@@ -158,9 +158,7 @@ def _parents(given: Any, replaced: Mapping[str, str | Path]) -> dict[str, Path]:
     return folders
 
 
-def _rule(
-    data: Any, where: str, parents: Mapping[str, Path], limits: Mapping[str, float]
-) -> Rule:
+def _rule(data: Any, where: str, parents: Mapping[str, Path], limits: Mapping[str, float]) -> Rule:
     if not isinstance(data, Mapping):
         raise ValueError(f"{where}: {data!r} must be a mapping with match and lambda")
     _check_keys(data, _RULE_KEYS, f"{where}.")
