@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Lock
 
-from dvpa.checkpoint.assembly_output import finish_folder, free_space
+from dvpa.checkpoint.assembly_output import check_room, finish_folder
 from dvpa.checkpoint.assembly_plan import FP8, Plan, plan_assembly
 from dvpa.checkpoint.assembly_report import AssemblyReport, build_report
 from dvpa.checkpoint.assembly_steps import Outcome, ParentFiles, StepRunner
@@ -51,14 +51,33 @@ def assemble(
             empty. The message names the key or the tensor.
         OSError: the disk is full or fails.
     """
+    return assemble_plan(_plan(recipe), out, threads, compare, on_progress)
+
+
+def survey(
+    recipe: Recipe | Path | str,
+    threads: int | None = None,
+    on_progress: Progress | None = None,
+) -> AssemblyReport:
+    """What `assemble` would do, with all differences; nothing is written."""
+    return survey_plan(_plan(recipe), threads, on_progress)
+
+
+def assemble_plan(
+    plan: Plan,
+    out: Path | str,
+    threads: int | None = None,
+    compare: bool = True,
+    on_progress: Progress | None = None,
+) -> AssemblyReport:
+    """`assemble` with a plan at hand."""
     started = time.perf_counter()
-    plan = plan_assembly(_recipe(recipe))
     with resumable_folder(Path(out), plan.identity()) as folder:
         files = ShardFiles(folder, plan.base)
         parents = ParentFiles(plan)
         resumed = len(files.finished)
         try:
-            free_space(folder, plan.base, files)
+            check_room(folder, plan.base, files)
             outcomes = _earlier_outcomes(plan, files)
             _run(plan, parents, files, outcomes, threads, compare, on_progress)
             files.close()
@@ -67,21 +86,17 @@ def assemble(
             raise
         finally:
             parents.close()
-        report = build_report(
-            plan, outcomes, time.perf_counter() - started, parents.bytes_read, resumed
-        )
+        seconds = time.perf_counter() - started
+        report = build_report(plan, outcomes, seconds, parents.bytes_read, resumed)
         finish_folder(folder, plan, report, outcomes, files.finished)
     return report
 
 
-def survey(
-    recipe: Recipe | Path | str,
-    threads: int | None = None,
-    on_progress: Progress | None = None,
+def survey_plan(
+    plan: Plan, threads: int | None = None, on_progress: Progress | None = None
 ) -> AssemblyReport:
-    """What `assemble` would do, with all differences, and nothing written."""
+    """`survey` with a plan at hand."""
     started = time.perf_counter()
-    plan = plan_assembly(_recipe(recipe))
     parents = ParentFiles(plan)
     outcomes: list[Outcome | None] = [None] * len(plan.steps)
     try:
@@ -91,8 +106,8 @@ def survey(
     return build_report(plan, outcomes, time.perf_counter() - started, parents.bytes_read, 0)
 
 
-def _recipe(recipe: Recipe | Path | str) -> Recipe:
-    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+def _plan(recipe: Recipe | Path | str) -> Plan:
+    return plan_assembly(recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
 
 
 def _earlier_outcomes(plan: Plan, files: ShardFiles) -> list[Outcome | None]:

@@ -82,9 +82,10 @@ def _bars(
             tall = max(1.0, BAR * count / tallest)
             y -= tall
             left, right = x(edges[bin_]), x(edges[bin_ + 1])
+            wide = right - left - 0.6
             bars.append(
-                f'<rect class="{action}" x="{left:.1f}" y="{y:.1f}" '
-                f'width="{right - left - 0.6:.1f}" height="{tall:.1f}"><title>{count}</title></rect>'
+                f'<rect class="{action}" x="{left:.1f}" y="{y:.1f}" width="{wide:.1f}" '
+                f'height="{tall:.1f}"><title>{count}</title></rect>'
             )
     return bars
 

@@ -27,7 +27,7 @@ _SIDE_NAMES = ("LICENSE", "LICENCE", "NOTICE")
 _ROOM_BESIDE = 16_000_000  # reports and side files
 
 
-def free_space(folder: Path, base: ShardHeaders, files: ShardFiles) -> None:
+def check_room(folder: Path, base: ShardHeaders, files: ShardFiles) -> None:
     """Check that what is still to be written fits.
 
     Raises:
@@ -73,14 +73,14 @@ def finish_folder(
     last = ["config.json", *([INDEX_FILE] if plan.base.index else [])]
     hashed = {name: _hash(folder / name) for name in written}
     hashed |= {name: _hash(base / name) for name in last}
-    hashed |= {name: vars_of(shard) for name, shard in shards.items()}
+    hashed |= {name: _sealed(shard) for name, shard in shards.items()}
     write_json(folder / MANIFEST, {"format": 1, "recipe": plain["recipe"], "files": hashed})
     for name in last:
         copy_file(base / name, folder)
     remove_journals(folder)
 
 
-def vars_of(shard: FinishedShard) -> dict[str, Any]:
+def _sealed(shard: FinishedShard) -> dict[str, Any]:
     """A shard's line in the manifest."""
     return {"sha256": shard.sha256, "bytes": shard.num_bytes}
 

@@ -1,4 +1,4 @@
-"""assembly.html and the model card: the report for people. One self-contained page, text escaped."""
+"""assembly.html, one self-contained page, and the model card: the report for people."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -22,8 +22,8 @@ h1{font-size:1.75rem;line-height:1.2;margin:0 0 .75rem}
 h2{font-size:1.15rem;margin:2.5rem 0 .75rem}
 .note,.quiet{color:var(--muted)}
 .note{font-size:.875rem;margin:.5rem 0 0}
-.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(9rem,1fr));gap:1rem;margin:1rem 0 0;
-border-block:1px solid var(--line);padding:1rem 0}
+.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(9rem,1fr));gap:1rem;
+margin:1rem 0 0;border-block:1px solid var(--line);padding:1rem 0}
 dt{color:var(--muted);font-size:.8125rem}
 dd{margin:0;font-size:1.5rem;font-weight:600;font-variant-numeric:tabular-nums}
 svg{display:block;width:100%;height:auto}
@@ -63,7 +63,7 @@ def render_page(report: Mapping[str, Any]) -> str:
 
 
 def render_card(report: Mapping[str, Any], base: Path) -> str:
-    """README.md of the result: where it comes from and what was merged; keeps the base's licence."""
+    """README.md of the result: its parents and what was merged; keeps the base's licence."""
     recipe = report["recipe"]
     shares = {i: rule["lambda"] for i, rule in enumerate(recipe["rules"])}
     head = {
@@ -176,7 +176,11 @@ def _parents(report: Mapping[str, Any]) -> str:
         for name, folder in report["recipe"]["parents"].items()
     ]
     head = ["parent", "folder", "tensors taken byte for byte"]
-    return f"<section><h2>Parents</h2>{_table(head, body)}</section>"
+    left_out = ", ".join(report.get("left_out") or ["none"])
+    return (
+        f"<section><h2>Parents</h2>{_table(head, body)}<p class=note>Files of the base that were "
+        f"not copied: {escape(left_out)}.</p></section>"
+    )
 
 
 def _warnings(report: Mapping[str, Any]) -> str:

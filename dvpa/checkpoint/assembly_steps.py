@@ -6,7 +6,7 @@ neither on the model's size nor on a tensor's.
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -157,7 +157,7 @@ class StepRunner:
 
     def _combine(self, step: Step, sources: Sequence[int], write: bool) -> tuple[Sums, bool]:
         """Sums over a tensor, and whether all parents hold the same bytes."""
-        needed = {self._base, *sources}
+        needed = sorted({self._base, *sources})
         total = Sums([0.0] * len(self._plan.parents), 0.0)
         is_equal = True
         whole_scales = self._scales(step, needed)
@@ -185,16 +185,16 @@ class StepRunner:
         step: Step,
         start: int,
         size: int,
-        parts: Sequence[Bytes | None],
-        scales: Sequence[NDArray[np.float32] | None],
+        parts: Mapping[int, Bytes],
+        scales: Mapping[int, NDArray[np.float32]],
         out: Bytes | None,
     ) -> Sums:
         from dvpa.checkpoint.interpolate_fp8 import combine_fp8  # loads torch: for FP8 alone
 
         columns = step.info.shape[1]
-        first, last = start // (columns * BLOCK), -(-(start + size) // (columns * BLOCK))
-        rows = [part if part is None else part[:size].reshape(-1, columns) for part in parts]
-        bands = [scale if scale is None else scale[first:last] for scale in scales]
+        first, last = (-(-place // (columns * BLOCK)) for place in (start, start + size))
+        rows = {i: part[:size].reshape(-1, columns) for i, part in parts.items()}
+        bands = {i: scale[first:last] for i, scale in scales.items()}
         written = None
         if out is not None:
             wide = -(-columns // BLOCK)
@@ -202,30 +202,24 @@ class StepRunner:
             written = (out[:size].reshape(-1, columns), whole.reshape(-1, wide)[first:last])
         return combine_fp8(rows, bands, self._base, self._plan.rule(step).shares, written)
 
-    def _scales(self, step: Step, needed: set[int]) -> list[NDArray[np.float32] | None]:
+    def _scales(self, step: Step, needed: Sequence[int]) -> dict[int, NDArray[np.float32]]:
         """The parents' scales of an FP8 weight."""
         if step.scale is None:
-            return []
+            return {}
         size, wide = self._scale_bytes(step), -(-step.info.shape[1] // BLOCK)
-        scales: list[NDArray[np.float32] | None] = []
-        for parent in range(len(self._plan.parents)):
-            if parent in needed:
-                raw = self._scratch.take(f"scale {parent}", size)
-                self._parents.read(parent, step.scale, 0, raw.data)
-                scales.append(raw.view(np.float32).reshape(-1, wide))
-            else:
-                scales.append(None)
+        scales = {}
+        for parent in needed:
+            raw = self._scratch.take(f"scale {parent}", size)
+            self._parents.read(parent, step.scale, 0, raw.data)
+            scales[parent] = raw.view(np.float32).reshape(-1, wide)
         return scales
 
     def _scale_bytes(self, step: Step) -> int:
         assert step.scale is not None
         return self._plan.base.tensors[step.scale].num_bytes
 
-    def _parts(self, step: Step, start: int, size: int, needed: set[int]) -> list[Bytes | None]:
-        return [
-            self._load(parent, step.name, start, size) if parent in needed else None
-            for parent in range(len(self._plan.parents))
-        ]
+    def _parts(self, step: Step, start: int, size: int, needed: Sequence[int]) -> dict[int, Bytes]:
+        return {parent: self._load(parent, step.name, start, size) for parent in needed}
 
     def _load(self, parent: int, name: str, start: int, size: int) -> Bytes:
         """A chunk of a parent, padded with zeros; read again only if it is not here already."""
@@ -240,7 +234,7 @@ class StepRunner:
 
     def _is_same(self, step: Step, sources: Sequence[int]) -> bool:
         """Whether the parents hold the same bytes."""
-        needed = {self._base, *sources}
+        needed = sorted({self._base, *sources})
         return all(
             are_equal(self._parts(step, start, size, needed), self._base)
             for start, size in _chunks(step)

@@ -4,7 +4,7 @@ result = sum_i share_i * parent_i, in fp32 (F64: in fp64), in the recipe's order
 rounded once, to nearest even. FP8 with block scales is `dvpa.checkpoint.interpolate_fp8`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,7 +51,7 @@ class Sums:
 
 def combine(
     dtype: str,
-    parts: Sequence[Bytes | None],
+    parts: Mapping[int, Bytes],
     base: int,
     shares: Sequence[float],
     out: Bytes | None,
@@ -61,34 +61,35 @@ def combine(
 
     Args:
         dtype: one of `FORMATS`.
-        parts: the same chunk of every parent as bytes, padded to whole words; None: not needed.
-        base: index of the base, which differences are taken from; always given.
-        shares: a parent's factor; used where its part is given.
+        parts: the same chunk as bytes, padded to whole words, of the parents that matter, by
+            their index and in its order.
+        base: index of the base, which differences are taken from; always among the parts.
+        shares: of every parent.
         out: as long as the parts.
 
     Where all parts are the same bytes, so is the result. A difference is not finite if a value
     of the chunk is not; what `out` holds then means nothing.
     """
-    sums = Sums([0.0] * len(parts), 0.0)
+    sums = Sums([0.0] * len(shares), 0.0)
     with np.errstate(all="ignore"):
         for lane in range(2 if dtype == "BF16" else 1):
             _combine_lane(dtype, lane, parts, base, shares, out, scratch, sums)
     if not any(0 < value < np.inf for value in sums.differences) and are_equal(parts, base):
-        sums.differences = [0.0] * len(parts)
+        sums.differences = [0.0] * len(shares)
         if out is not None:
             out[:] = parts[base]
     return sums
 
 
-def are_equal(parts: Sequence[Bytes | None], base: int) -> bool:
-    """Whether all given parts are the base's bytes."""
-    return all(part is None or np.array_equal(part, parts[base]) for part in parts)
+def are_equal(parts: Mapping[int, Bytes], base: int) -> bool:
+    """Whether all parts are the base's bytes."""
+    return all(np.array_equal(part, parts[base]) for part in parts.values())
 
 
 def _combine_lane(
     dtype: str,
     lane: int,
-    parts: Sequence[Bytes | None],
+    parts: Mapping[int, Bytes],
     base: int,
     shares: Sequence[float],
     out: Bytes | None,
@@ -100,9 +101,7 @@ def _combine_lane(
     centre = _widen(dtype, lane, parts[base], scratch, "centre")
     work, total = (_array(key, centre, scratch) for key in ("work", "total"))
     is_first = True
-    for i, part in enumerate(parts):
-        if part is None:
-            continue
+    for i, part in parts.items():
         values = centre
         if i != base:
             values = _widen(dtype, lane, part, scratch, "values")
@@ -125,9 +124,8 @@ def _array(key: str, like: Floats, scratch: Scratch) -> Floats:
     return scratch.take(key, like.nbytes).view(like.dtype)
 
 
-def _widen(dtype: str, lane: int, part: Bytes | None, scratch: Scratch, key: str) -> Floats:
+def _widen(dtype: str, lane: int, part: Bytes, scratch: Scratch, key: str) -> Floats:
     """The values as fp32 (F64: fp64); of BF16 those in the low or the high halves of words."""
-    assert part is not None
     if dtype == "F64":
         return part[: part.size // 8 * 8].view(np.float64)
     if dtype == "F32":

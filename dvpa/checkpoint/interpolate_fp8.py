@@ -4,7 +4,7 @@ Codes are never combined as such: they mean different numbers under different sc
 E4M3 again costs about 2 % of the weight's norm, whatever is combined.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,8 +16,8 @@ from dvpa.checkpoint.interpolate import Bytes, Sums, are_equal
 
 
 def combine_fp8(
-    codes: Sequence[Bytes | None],
-    scales: Sequence[NDArray[np.float32] | None],
+    codes: Mapping[int, Bytes],
+    scales: Mapping[int, NDArray[np.float32]],
     base: int,
     shares: Sequence[float],
     out: tuple[Bytes, NDArray[np.float32]] | None,
@@ -25,25 +25,21 @@ def combine_fp8(
     """`interpolate.combine` for rows of FP8 weights that start at a block.
 
     Args:
-        codes: E4M3 [rows, columns] of every parent; None: not needed.
-        scales: fp32 [ceil(rows / 128), ceil(columns / 128)] of every parent.
+        codes: E4M3 [rows, columns] of the parents that matter, by their index.
+        scales: fp32 [ceil(rows / 128), ceil(columns / 128)] of the same.
         out: codes and scales to write, shaped like the parents' (None: compare only).
     """
-    sums = Sums([0.0] * len(codes), 0.0)
-    if are_equal(codes, base) and all(
-        scale is None or np.array_equal(scale, scales[base]) for scale in scales
-    ):
-        sums.base = _sum_of_squares(_weight(codes[base], scales[base]))
+    sums = Sums([0.0] * len(shares), 0.0)
+    centre = _weight(codes[base], scales[base])
+    sums.base = _sum_of_squares(centre)
+    bits = {i: scale.view(np.uint8) for i, scale in scales.items()}
+    if are_equal(codes, base) and are_equal(bits, base):
         if out is not None:
             out[0][:], out[1][:] = codes[base], scales[base]
         return sums
-    centre = _weight(codes[base], scales[base])
-    sums.base = _sum_of_squares(centre)
     total: Tensor | None = None
-    for i, (code, scale) in enumerate(zip(codes, scales, strict=True)):
-        if code is None:
-            continue
-        weight = centre if i == base else _weight(code, scale)
+    for i, code in codes.items():
+        weight = centre if i == base else _weight(code, scales[i])
         if i != base:
             sums.differences[i] = _sum_of_squares(weight - centre)
         if out is not None and shares[i]:
@@ -55,8 +51,7 @@ def combine_fp8(
     return sums
 
 
-def _weight(codes: Bytes | None, scale_inv: NDArray[np.float32] | None) -> Tensor:
-    assert codes is not None and scale_inv is not None
+def _weight(codes: Bytes, scale_inv: NDArray[np.float32]) -> Tensor:
     return fp8.dequantise(torch.from_numpy(codes).view(fp8.DTYPE), torch.from_numpy(scale_inv))
 
 
