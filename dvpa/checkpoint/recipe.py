@@ -127,7 +127,7 @@ def parse_recipe(
     _check_keys(data, _KEYS, "")
     folders = _parents(data.get("parents"), parents or {})
     base = data.get("base")
-    if base not in folders:
+    if not isinstance(base, str) or base not in folders:
         raise ValueError(f"base: {base!r} must be one of {', '.join(folders)}")
     listed = data.get("rules")
     if not isinstance(listed, list) or not listed:
@@ -140,7 +140,7 @@ def parse_recipe(
             f"rules[{len(rules) - 1}]: the last rule must match everything: match: {ALL}, without "
             "layers, experts or regex"
         )
-    return Recipe(folders, str(base), rules, name)
+    return Recipe(folders, base, rules, name)
 
 
 def _parents(given: Any, replaced: Mapping[str, str | Path]) -> dict[str, Path]:
@@ -223,7 +223,9 @@ def _limit(data: Mapping[str, Any], key: str, default: float, where: str) -> flo
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < math.inf  # unlike isfinite, also of integers beyond floats
 
 
 def _check_keys(data: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:
