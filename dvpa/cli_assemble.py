@@ -105,9 +105,15 @@ def _show(report: "AssemblyReport", out: Path | None) -> None:
 
     name = report.recipe["name"]
     title = f"{name}: {report.tensors:,} tensors, {report.num_bytes / 1e9:.3g} GB"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),  # nine columns have to fit into 80 characters
+        pad_edge=False,
+    )
     table.add_column("class")
-    for heading in ("tensors", *ACTIONS, "median\ndifference", "95 %", "relative"):
+    for heading in ("tensors", *ACTIONS, "median\ndiffer.", "95 %", "rela-\ntive"):
         table.add_column(heading, justify="right")
     for row in report.classes:
         spread = row.difference or {}
@@ -115,8 +121,8 @@ def _show(report: "AssemblyReport", out: Path | None) -> None:
             row.name,
             f"{row.tensors:,}",
             *(f"{row.actions[action]:,}" for action in ACTIONS),
-            *(f"{spread[key]:.3g}" if spread else "-" for key in ("median", "p95")),
-            "-" if row.relative is None else f"{row.relative:.2%}",
+            *(f"{spread[key]:.2g}" if spread else "-" for key in ("median", "p95")),
+            "-" if row.relative is None else f"{row.relative:.1%}",
         )
     console().print(table)
     for i, row in enumerate(report.rules):
