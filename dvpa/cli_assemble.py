@@ -57,8 +57,9 @@ def assemble(arguments: argparse.Namespace) -> None:
         if arguments.dry_run:
             report = survey_plan(plan, arguments.threads, advance)
         else:
-            compare = not arguments.no_compare
-            report = assemble_plan(plan, arguments.out, arguments.threads, compare, advance)
+            with _pointing_to_what_is_left(arguments.out):
+                compare = not arguments.no_compare
+                report = assemble_plan(plan, arguments.out, arguments.threads, compare, advance)
     if not write_json(arguments.json, report.to_dict()):
         _show(report, None if arguments.dry_run else arguments.out)
 
@@ -71,6 +72,22 @@ def _named_folders(given: list[str]) -> dict[str, str]:
             raise ValueError(f"--parent: {text!r} must look like NAME=FOLDER")
         folders[name] = folder
     return folders
+
+
+@contextmanager
+def _pointing_to_what_is_left(out: Path) -> Iterator[None]:
+    """After a failure, say that the next run need not start anew."""
+    try:
+        yield
+    except BaseException:
+        staging = out.with_name(f"{out.name}.incomplete")
+        if finished := len(list(staging.glob("*.journal.json"))):
+            print(
+                f"dvpa: note: {staging} keeps {finished} finished shards; the same command goes "
+                "on from there",
+                file=sys.stderr,
+            )
+        raise
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def resumable_folder(out: Path, identity: str) -> Iterator[Path]:
     """`staged_folder` whose work outlives a kill or a failure.
 
     A run of the same `identity` finds the staging folder as the last one left it; a run of another
-    one finds it empty. One run at a time.
+    one finds it empty. One run at a time. A failure that leaves nothing in it removes it.
 
     Raises:
         ValueError: as `staged_folder`, or another run is at it.
@@ -61,7 +61,12 @@ def resumable_folder(out: Path, identity: str) -> Iterator[Path]:
             mark.write(identity)
             mark.flush()
             os.fsync(mark.fileno())
-        yield staging
+        try:
+            yield staging
+        except BaseException:
+            if [path.name for path in staging.iterdir()] == [INCOMPLETE_MARK]:
+                shutil.rmtree(staging)
+            raise
         sync_folder(staging)
         staging.replace(out)
         (out / INCOMPLETE_MARK).unlink()

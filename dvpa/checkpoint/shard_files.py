@@ -108,10 +108,11 @@ class ShardFiles:
                 raise ValueError(f"{self._folder / shard}: {count} tensors were never written")
 
     def abandon(self) -> None:
-        """After a failure: wait for running seals, close files; finished shards stay."""
+        """After a failure: wait for running seals, remove what is not whole."""
         self._sealers.shutdown(wait=True, cancel_futures=True)
-        for descriptor in self._open.values():
+        for shard, descriptor in self._open.items():
             os.close(descriptor)
+            (self._folder / f"{shard}{PARTIAL}").unlink(missing_ok=True)
         self._open.clear()
 
     def _descriptor(self, shard: str) -> int:
