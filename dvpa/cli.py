@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dvpa import __version__
 from dvpa import cli_commands as run
+from dvpa.cli_assemble import add_assemble_arguments, assemble
 from dvpa.cli_convert import add_convert_arguments, add_export_arguments
 from dvpa.cli_plan import add_train_arguments
 from dvpa.command_line import BAD_INPUT, INTERRUPTED, Parser, one_line
@@ -153,6 +154,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_export_arguments(export)
     _add_json(export)
+
+    assembly = add(
+        "assemble",
+        assemble,
+        "put a checkpoint together from several parents' tensors",
+        "assemble/linear.yaml OUT --parent a=parents/a --parent b=parents/b",
+    )
+    add_assemble_arguments(assembly)
 
     serve = add(
         "serve",

@@ -1,18 +1,27 @@
-"""Checkpoints as files: shards, other families taken in, and one tier as a plain checkpoint."""
+"""Checkpoints as files: shards, merging, other families taken in, and one tier as a plain checkpoint.
 
-from dvpa.checkpoint.convert import ConversionReport, convert_checkpoint
-from dvpa.checkpoint.export import ExportReport, TierSize, export_tier, list_tiers
-from dvpa.checkpoint.shards import ShardReader, ShardWriter, TensorInfo, staged_folder
+Loads lazily.
+"""
 
-__all__ = [
-    "ConversionReport",
-    "ExportReport",
-    "ShardReader",
-    "ShardWriter",
-    "TensorInfo",
-    "TierSize",
-    "convert_checkpoint",
-    "export_tier",
-    "list_tiers",
-    "staged_folder",
-]
+from importlib import import_module
+from typing import Any
+
+_EXPORTS = {
+    "ConversionReport": "convert",
+    "TierSize": "export",
+    "convert_checkpoint": "convert",
+    "list_tiers": "export",
+    "ExportReport": "export",
+    "ShardReader": "shards",
+    "ShardWriter": "shards",
+    "TensorInfo": "headers",
+    "export_tier": "export",
+    "staged_folder": "folders",
+}
+__all__ = list(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'dvpa.checkpoint' has no attribute {name!r}")
+    return getattr(import_module(f"dvpa.checkpoint.{_EXPORTS[name]}"), name)

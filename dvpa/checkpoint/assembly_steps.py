@@ -1,0 +1,273 @@
+"""Carries out the steps of an assembly plan: read, compare, combine, write; chunk by chunk.
+
+One `StepRunner` per thread. It holds one chunk of each parent and of the result, so memory depends
+neither on the model's size nor on a tensor's.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dvpa.checkpoint.assembly_plan import BLOCK, Plan, Step, can_combine
+from dvpa.checkpoint.interpolate import PAD, Bytes, Scratch, Sums, are_equal, combine
+from dvpa.checkpoint.shard_files import ShardFiles
+
+CHUNK_BYTES = 1 << 20
+MERGED, COPIED, KEPT, EQUAL = "merged", "copied", "kept", "equal"
+ACTIONS = {
+    MERGED: "combined from several parents",
+    COPIED: "one parent's bytes, as the rule says",
+    KEPT: "the base's bytes: the difference is below the threshold",
+    EQUAL: "the base's bytes: the parents do not differ",
+}
+
+
+class Outcome(NamedTuple):
+    """What became of a tensor.
+
+    `parent` gave the bytes (None: several did). `difference` is the largest root mean square of
+    the elements' differences from the base among the parents that share in it, `relative` the
+    same over the base's own root mean square; None where nothing was compared.
+    """
+
+    action: str
+    parent: int | None
+    difference: float | None = None
+    relative: float | None = None
+
+
+class ParentFiles:
+    """The parents' shards, open for reading at any place by any thread."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._parents = plan.parents
+        self._lock = Lock()
+        self._open: dict[Path, int] = {}
+        self.bytes_read = 0
+
+    def read(self, parent: int, name: str, position: int, into: memoryview) -> None:
+        """Fill `into` with a tensor's bytes from `position` on.
+
+        Raises:
+            ValueError: the file has become shorter.
+        """
+        path, offset = self._parents[parent].locate(name)
+        offset += position
+        with self._lock:
+            if path not in self._open:
+                self._open[path] = os.open(path, os.O_RDONLY)
+            descriptor = self._open[path]
+            self.bytes_read += len(into)
+        while into:
+            count = os.preadv(descriptor, [into], offset)
+            if count == 0:
+                raise ValueError(f"{path}: {name}: the file ends inside of it")
+            into, offset = into[count:], offset + count
+
+    def close(self) -> None:
+        """Close every file."""
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+
+class StepRunner:
+    """One worker. `files` is None where nothing is to be written (a dry run).
+
+    `compare_all` also measures tensors whose fate does not depend on their difference.
+    """
+
+    def __init__(
+        self, plan: Plan, parents: ParentFiles, files: ShardFiles | None, compare_all: bool
+    ) -> None:
+        self._plan, self._parents, self._files = plan, parents, files
+        self._compare_all = compare_all
+        self._base = plan.recipe.base_index
+        self._scratch = Scratch()
+        self._loaded: dict[int, tuple[str, int, int]] = {}
+
+    def run(self, unit: Sequence[int]) -> list[Outcome]:
+        """Decide about the steps of a unit together, and do it.
+
+        Raises:
+            ValueError: a value that is not finite, or a file that cannot be read.
+            OSError: the disk is full or fails.
+        """
+        steps = [self._plan.steps[i] for i in unit]
+        rule = self._plan.rule(steps[0])
+        sources = [i for i, share in enumerate(rule.shares) if share > 0]
+        if sources == [self._base]:
+            return [self._copy(step, Outcome(COPIED, self._base)) for step in steps]
+        is_mixed = len(sources) > 1
+        has_limit = rule.delta > 0 or (rule.expert_delta > 0 and steps[0].place.expert is not None)
+        if is_mixed and not has_limit and self._files is not None:
+            return [self._merge(step, sources) for step in steps]
+        if not (has_limit or self._compare_all or is_mixed):
+            return [self._copy(step, Outcome(COPIED, sources[0])) for step in steps]
+        sums = [self._measure(step, sources) for step in steps]
+        is_small = rule.expert_delta > 0 and _difference(steps, sums) < rule.expert_delta
+        return [
+            self._settle(step, measured, is_small, sources)
+            for step, measured in zip(steps, sums, strict=True)
+        ]
+
+    def _settle(self, step: Step, sums: Sums | None, is_small: bool, sources: list[int]) -> Outcome:
+        """What follows from a step's difference; `is_small`: its expert's is below the limit."""
+        if sums is None:  # no numbers to compare: all bytes or none
+            parent = self._base if self._is_same(step, sources) else sources[0]
+            return self._copy(step, Outcome(EQUAL if parent == self._base else COPIED, parent))
+        difference, relative = _difference([step], [sums]), _relative(sums)
+        if difference == 0 or is_small or difference < self._plan.rule(step).delta:
+            action = EQUAL if difference == 0 else KEPT
+            return self._copy(step, Outcome(action, self._base, difference, relative))
+        if len(sources) == 1:
+            return self._copy(step, Outcome(COPIED, sources[0], difference, relative))
+        if self._files is None:
+            return Outcome(MERGED, None, difference, relative)
+        return self._merge(step, sources)
+
+    def _copy(self, step: Step, outcome: Outcome) -> Outcome:
+        if self._files is not None:
+            assert outcome.parent is not None
+            for start, size in _chunks(step):
+                part = self._load(outcome.parent, step.name, start, size)
+                self._files.write(step.name, start, part.data[:size])
+            if step.scale is not None:
+                size = self._scale_bytes(step)
+                part = self._load(outcome.parent, step.scale, 0, size)
+                self._files.write(step.scale, 0, part.data[:size])
+        return outcome
+
+    def _measure(self, step: Step, sources: Sequence[int]) -> Sums | None:
+        """Sums over a tensor; None where its values cannot be computed with."""
+        return self._combine(step, sources, False)[0] if can_combine(step) else None
+
+    def _merge(self, step: Step, sources: Sequence[int]) -> Outcome:
+        sums, is_equal = self._combine(step, sources, True)
+        difference, relative = _difference([step], [sums]), _relative(sums)
+        if is_equal:
+            return Outcome(EQUAL, self._base, 0.0, relative)
+        return Outcome(MERGED, None, difference, relative)
+
+    def _combine(self, step: Step, sources: Sequence[int], write: bool) -> tuple[Sums, bool]:
+        """Sums over a tensor, and whether all parents hold the same bytes."""
+        needed = sorted({self._base, *sources})
+        total = Sums([0.0] * len(self._plan.parents), 0.0)
+        is_equal = True
+        whole_scales = self._scales(step, needed)
+        for start, size in _chunks(step):
+            parts = self._parts(step, start, size, needed)
+            out = self._scratch.take("out", parts[self._base].nbytes) if write else None
+            shares = self._plan.rule(step).shares
+            if step.scale is None:
+                sums = combine(step.info.dtype, parts, self._base, shares, out, self._scratch)
+            else:
+                sums = self._combine_fp8(step, start, size, parts, whole_scales, out)
+            if not np.isfinite(sums.differences).all():
+                raise ValueError(f"{self._where(step, sums)}: {step.name}: not finite")
+            is_equal = is_equal and not any(sums.differences)
+            total.add(sums)
+            if out is not None and self._files is not None:
+                self._files.write(step.name, start, out.data[:size])
+        if write and step.scale is not None and self._files is not None:
+            scale = self._scratch.take("out scale", self._scale_bytes(step))
+            self._files.write(step.scale, 0, scale.data)
+        return total, is_equal
+
+    def _combine_fp8(
+        self,
+        step: Step,
+        start: int,
+        size: int,
+        parts: Mapping[int, Bytes],
+        scales: Mapping[int, NDArray[np.float32]],
+        out: Bytes | None,
+    ) -> Sums:
+        from dvpa.checkpoint.interpolate_fp8 import combine_fp8  # loads torch: for FP8 alone
+
+        columns = step.info.shape[1]
+        first, last = (-(-place // (columns * BLOCK)) for place in (start, start + size))
+        rows = {i: part[:size].reshape(-1, columns) for i, part in parts.items()}
+        bands = {i: scale[first:last] for i, scale in scales.items()}
+        written = None
+        if out is not None:
+            wide = -(-columns // BLOCK)
+            whole = self._scratch.take("out scale", self._scale_bytes(step)).view(np.float32)
+            written = (out[:size].reshape(-1, columns), whole.reshape(-1, wide)[first:last])
+        return combine_fp8(rows, bands, self._base, self._plan.rule(step).shares, written)
+
+    def _scales(self, step: Step, needed: Sequence[int]) -> dict[int, NDArray[np.float32]]:
+        """The parents' scales of an FP8 weight."""
+        if step.scale is None:
+            return {}
+        size, wide = self._scale_bytes(step), -(-step.info.shape[1] // BLOCK)
+        scales = {}
+        for parent in needed:
+            raw = self._scratch.take(f"scale {parent}", size)
+            self._parents.read(parent, step.scale, 0, raw.data)
+            scales[parent] = raw.view(np.float32).reshape(-1, wide)
+        return scales
+
+    def _scale_bytes(self, step: Step) -> int:
+        assert step.scale is not None
+        return self._plan.base.tensors[step.scale].num_bytes
+
+    def _parts(self, step: Step, start: int, size: int, needed: Sequence[int]) -> dict[int, Bytes]:
+        return {parent: self._load(parent, step.name, start, size) for parent in needed}
+
+    def _load(self, parent: int, name: str, start: int, size: int) -> Bytes:
+        """A chunk of a parent, padded with zeros; read again only if it is not here already."""
+        padded = -(-size // PAD) * PAD
+        part = self._scratch.take(f"parent {parent}", padded)
+        if self._loaded.get(parent) != (name, start, size):
+            self._loaded.pop(parent, None)
+            self._parents.read(parent, name, start, part.data[:size])
+            part[size:] = 0
+            self._loaded[parent] = (name, start, size)
+        return part
+
+    def _is_same(self, step: Step, sources: Sequence[int]) -> bool:
+        """Whether the parents hold the same bytes."""
+        needed = sorted({self._base, *sources})
+        return all(
+            are_equal(self._parts(step, start, size, needed), self._base)
+            for start, size in _chunks(step)
+        )
+
+    def _where(self, step: Step, sums: Sums) -> Path:
+        """The parent to blame for a difference that is not finite."""
+        wrong = [i for i, value in enumerate(sums.differences) if not math.isfinite(value)]
+        only_base = not math.isfinite(sums.base)
+        return self._plan.parents[self._base if only_base else wrong[0]].folder
+
+
+def _chunks(step: Step) -> Iterator[tuple[int, int]]:
+    """(start, size) in bytes; FP8 in whole rows of blocks."""
+    total, size = step.info.num_bytes, CHUNK_BYTES
+    if step.scale is not None:
+        band = step.info.shape[1] * BLOCK
+        size = max(1, CHUNK_BYTES // max(band, 1)) * band
+    for start in range(0, total, size or 1):
+        yield start, min(size, total - start)
+
+
+def _difference(steps: Sequence[Step], sums: Sequence[Sums | None]) -> float:
+    """Root mean square over all the steps' elements, of the parent that differs most."""
+    counts = [math.prod(step.info.shape) for step in steps]
+    measured = [(n, s) for n, s in zip(counts, sums, strict=True) if s is not None]
+    if not measured or not sum(n for n, _ in measured):
+        return 0.0
+    totals = [sum(each) for each in zip(*(s.differences for _, s in measured), strict=True)]
+    return math.sqrt(max(totals) / sum(n for n, _ in measured))
+
+
+def _relative(sums: Sums) -> float | None:
+    if not math.isfinite(sums.base) or sums.base <= 0:
+        return None
+    return math.sqrt(max(sums.differences) / sums.base)

@@ -1,0 +1,329 @@
+"""`dvpa assemble` beside mergekit and the disk, on synthetic parents; memory by size of the model.
+
+    python scripts/bench_assemble.py --mergekit VENV/bin/mergekit-yaml [--parents DIR] [--work DIR]
+        [--rounds 3] [--sizes] [--out docs/benchmarks/assemble.json]
+
+Every round, one after the other: dd reads the parents and writes as much as the result (that
+minute's disk bound), dvpa and mergekit merge 0.6 A + 0.4 B. Each contender is a process of its own;
+its wall and CPU time, and its anonymous memory, sampled every 10 ms, are those of the whole
+command. Without --mergekit it is left out, and said so. --sizes adds parents of 8 GB (26 GB of
+disk), once with more and once with larger tensors. Everything made in --work is removed again.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from assemble_parents import make_parents
+from safetensors import safe_open
+from torch import Tensor
+
+from dvpa.checkpoint.fp8 import dequantise
+from dvpa.checkpoint.shards import ShardReader
+from dvpa.evaluate.report import describe_environment
+
+SHARES = (0.6, 0.4)
+SAMPLE_S = 0.01
+SCALE = "_scale_inv"
+SIZES = {
+    "1 GB": {},
+    "8 GB, more tensors": {"layers": 102},
+    "8 GB, larger tensors": {"hidden": 1536, "width": 576, "experts": 122},
+}
+
+
+def run(command: list[str], **variables: str) -> dict[str, float]:
+    """Wall and CPU seconds and peak anonymous MB of one command; it has to succeed."""
+    peak = 0
+    with tempfile.TemporaryFile() as output:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            command, env={**os.environ, **variables}, stdout=output, stderr=output
+        )
+        status = Path(f"/proc/{process.pid}/status")
+        while True:
+            pid, code, usage = os.wait4(process.pid, os.WNOHANG)
+            if pid:
+                break
+            for line in status.read_text().splitlines():
+                if line.startswith("RssAnon:"):  # absent once it is a zombie
+                    peak = max(peak, int(line.split()[1]))
+            time.sleep(SAMPLE_S)
+        wall = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(code)
+        if process.returncode:
+            output.seek(0)
+            text = output.read().decode(errors="replace")
+            raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}\n{text}")
+    cpu = usage.ru_utime + usage.ru_stime
+    return {"wall_s": wall, "cpu_s": cpu, "anon_mb": peak * 1.024e-3}
+
+
+def dd(parents: Path, work: Path) -> dict[str, float]:
+    """Seconds to read both parents and to write and sync one result, with dd's 1 MB blocks."""
+    shards = sorted(parents.glob("parent_?/*.safetensors"))
+    started = time.perf_counter()
+    for shard in shards:
+        subprocess.run(["dd", f"if={shard}", "of=/dev/null", "bs=1M", "status=none"], check=True)
+    read = time.perf_counter() - started
+    megabytes = sum(path.stat().st_size for path in shards) // 2 // 1_000_000
+    target, started = work / "dd.tmp", time.perf_counter()
+    command = ["dd", "if=/dev/zero", f"of={target}", "bs=1MB", f"count={megabytes}"]
+    subprocess.run([*command, "conv=fsync", "status=none"], check=True)
+    write = time.perf_counter() - started
+    target.unlink()
+    return {"read_s": read, "write_s": write, "bound_s": read + write}
+
+
+def recipe(path: Path, parents: Path, shares: tuple[float, float] = SHARES) -> Path:
+    """A linear recipe for dvpa."""
+    data = {
+        "parents": {name[-1]: str(parents / name) for name in ("parent_a", "parent_b")},
+        "base": "a",
+        "rules": [{"match": "all", "lambda": dict(zip("ab", shares, strict=True))}],
+    }
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def dvpa(parents: Path, work: Path) -> dict[str, float]:
+    """One merge by dvpa, its result left in WORK/dvpa."""
+    out = work / "dvpa"
+    shutil.rmtree(out, ignore_errors=True)
+    file = recipe(work / "dvpa.yaml", parents)
+    return run([sys.executable, "-m", "dvpa", "assemble", str(file), str(out)])
+
+
+def mergekit(program: str, parents: Path, work: Path, options: list[str]) -> dict[str, float]:
+    """One merge by mergekit, as recommended in its own documentation for little memory."""
+    out = work / "mergekit"
+    shutil.rmtree(out, ignore_errors=True)
+    models = [
+        {"model": str(parents / name), "parameters": {"weight": share}}
+        for name, share in zip(("parent_a", "parent_b"), SHARES, strict=True)
+    ]
+    data = {"merge_method": "linear", "dtype": "bfloat16", "models": models}
+    (work / "mergekit.yaml").write_text(yaml.safe_dump(data))
+    command = [program, str(work / "mergekit.yaml"), str(out), "--lazy-unpickle"]
+    command += ["--no-copy-tokenizer", "--quiet", *options]
+    return run(command, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+
+
+def start_up(work: Path) -> float:
+    """Wall seconds of `dvpa assemble` on parents of next to nothing; median of three."""
+    make_parents(work / "tiny", layers=1, experts=8, hidden=64, width=32)
+    file, times = recipe(work / "tiny.yaml", work / "tiny"), []
+    for number in range(3):
+        out = str(work / f"tiny_out_{number}")
+        times.append(run([sys.executable, "-m", "dvpa", "assemble", str(file), out])["wall_s"])
+    return statistics.median(times)
+
+
+def exactness(parents: Path, out: Path) -> dict[str, int]:
+    """How many elements of the result differ from fp32 0.6 A + 0.4 B rounded to bf16, and by how
+    many units in the last place at most.
+    """
+    readers = [ShardReader(folder) for folder in (parents / "parent_a", parents / "parent_b", out)]
+    elements = differing = largest = 0
+    for name in readers[0].tensors:
+        left, right, result = (reader.read(name) for reader in readers)
+        wanted = (left.float() * SHARES[0] + right.float() * SHARES[1]).to(left.dtype)
+        steps = (ordered(wanted) - ordered(result)).abs()
+        elements += steps.numel()
+        differing += int((steps > 0).sum())
+        largest = max(largest, int(steps.max()))
+    return {"elements": elements, "differing": differing, "largest_ulp": largest}
+
+
+def ordered(tensor: Tensor) -> Tensor:
+    """bf16 as whole numbers that count its values in order."""
+    raw = tensor.contiguous().view(torch.int16).int()
+    return torch.where(raw < 0, -(raw & 0x7FFF), raw)
+
+
+def beside_mergekit(out: Path, merged: Path) -> dict[str, int]:
+    """dvpa's result against mergekit's, whose experts are packed."""
+    ours, index = (
+        ShardReader(out),
+        json.loads((merged / "model.safetensors.index.json").read_text()),
+    )
+    elements = differing = 0
+    for file in sorted(set(index["weight_map"].values())):
+        with safe_open(merged / file, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118
+                theirs = shard.get_tensor(name)
+                mine = unpacked(ours, name)
+                elements += mine.numel()
+                differing += int((ordered(mine) != ordered(theirs)).sum())
+    return {"elements": elements, "differing": differing}
+
+
+def unpacked(reader: ShardReader, name: str) -> Tensor:
+    """A tensor by mergekit's name."""
+    if name in reader.tensors:
+        return reader.read(name)
+    prefix, _, kind = name.rpartition(".")
+    stack = []
+    while f"{prefix}.{len(stack)}.up_proj.weight" in reader.tensors:
+        parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+        expert = [reader.read(f"{prefix}.{len(stack)}.{part}.weight") for part in parts]
+        stack.append(torch.cat(expert))
+    return torch.stack(stack)
+
+
+def fp8_case(work: Path) -> dict[str, Any]:
+    """FP8 parents: 0.5 A + 0.5 B in time, and against the exact interpolation."""
+    parents, out = work / "fp8", work / "fp8_out"
+    num_bytes = make_parents(parents, layers=6, experts=64, hidden=1024, width=384, fp8=True)
+    file = recipe(work / "fp8.yaml", parents, (0.5, 0.5))
+    timed = run([sys.executable, "-m", "dvpa", "assemble", str(file), str(out)])
+    readers = [ShardReader(folder) for folder in (parents / "parent_a", parents / "parent_b", out)]
+    errors, merged = [], []
+    for name in readers[0].tensors:
+        if f"{name}{SCALE}" not in readers[0].tensors:
+            continue
+        left, right, result = (
+            dequantise(reader.read(name), reader.read(name + SCALE)) for reader in readers
+        )
+        exact = 0.5 * left + 0.5 * right
+        errors.append(float((result - exact).norm() / exact.norm()))
+        if not left.equal(right):
+            merged.append(errors[-1])
+    for folder in (parents, out):
+        shutil.rmtree(folder)
+    return {
+        **timed,
+        "gb": num_bytes / 1e9,
+        "tensors": len(readers[0].tensors),
+        "mean_error": statistics.fmean(errors),
+        "mean_error_of_merged": statistics.fmean(merged),
+        "largest_error": max(errors),
+    }
+
+
+def memory_by_size(work: Path) -> list[dict[str, Any]]:
+    """Peak anonymous memory of parents of 1 GB and 8 GB."""
+    rows = []
+    for label, sizes in SIZES.items():
+        parents = work / "sized"
+        num_bytes = make_parents(parents, **sizes)
+        count = len(ShardReader(parents / "parent_a").tensors)
+        rows.append(
+            {"parents": label, "gb": num_bytes / 1e9, "tensors": count, **dvpa(parents, work)}
+        )
+        print(rows[-1], flush=True)
+        shutil.rmtree(parents)
+        shutil.rmtree(work / "dvpa")
+    return rows
+
+
+def medians(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The median of every column."""
+    return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+
+
+def main() -> None:
+    """Measure and write the JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--mergekit", metavar="PROGRAM", help="mergekit-yaml of its own environment"
+    )
+    parser.add_argument("--parents", type=Path, help="folder of parent_a and parent_b (1 GB each)")
+    parser.add_argument("--work", type=Path, help="a folder on the disk to be measured")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sizes", action="store_true", help="also parents of 8 GB")
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/assemble.json"))
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
+        result = measure(arguments, Path(folder))
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """All rounds, then what is measured once."""
+    torch.set_num_threads(1)
+    parents = arguments.parents
+    if parents is None:
+        parents = work / "parents"
+        make_parents(parents)
+    contenders = {"dvpa": lambda: dvpa(parents, work)}
+    if arguments.mergekit:
+        for label, options in {
+            "mergekit, shards of 100M": ["--out-shard-size", "100M"],
+            "mergekit, asynchronous": ["--async-write"],
+        }.items():
+            contenders[label] = lambda options=options: mergekit(
+                arguments.mergekit, parents, work, options
+            )
+    dvpa(parents, work)  # the parents are in the page cache from here on
+    disk: list[dict[str, float]] = []
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
+    for number in range(arguments.rounds):
+        for name, contender in contenders.items():
+            disk.append(dd(parents, work))
+            rows[name].append(contender())
+            print(number, name, disk[-1], rows[name][-1], flush=True)
+    reader = ShardReader(parents / "parent_a")
+    result: dict[str, Any] = {
+        "benchmark": "assemble",
+        "parents": {
+            "made_by": "make_parents.py" if arguments.parents else "scripts/assemble_parents.py",
+            "tensors": len(reader.tensors),
+            "gb": sum(info.num_bytes for info in reader.tensors.values()) / 1e9,
+            "shards": len(reader.files),
+        },
+        "rounds": arguments.rounds,
+        "rows": rows,
+        "medians": {name: medians(each) for name, each in rows.items()},
+        "disk": disk,
+        "disk_medians": medians(disk),
+        "start_up_s": start_up(work),
+        "exactness": exactness(parents, work / "dvpa"),
+        "mergekit": None,
+    }
+    if arguments.mergekit:
+        result["mergekit"] = {
+            "version": version_of(arguments.mergekit),
+            "import_s": run(
+                [python_of(arguments.mergekit), "-c", "import mergekit.scripts.run_yaml"]
+            ),
+            **beside_mergekit(work / "dvpa", work / "mergekit"),
+        }
+        shutil.rmtree(work / "mergekit")
+    shutil.rmtree(work / "dvpa")
+    result["fp8"] = fp8_case(work)
+    result["sizes"] = memory_by_size(work) if arguments.sizes else []
+    result["load"] = os.getloadavg()[0]
+    result["environment"] = describe_environment()
+    return result
+
+
+def python_of(program: str) -> str:
+    """The interpreter beside a program of a virtual environment."""
+    return str(Path(program).parent / "python")
+
+
+def version_of(program: str) -> str:
+    """mergekit's and its PyTorch's versions."""
+    code = "from importlib.metadata import version as v; print(v('mergekit'), v('torch'))"
+    done = subprocess.run(
+        [python_of(program), "-c", code], capture_output=True, text=True, check=True
+    )
+    merge, pytorch = done.stdout.split()
+    return f"{merge} (torch {pytorch})"
+
+
+if __name__ == "__main__":
+    main()

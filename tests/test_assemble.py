@@ -1,0 +1,419 @@
+"""`dvpa assemble` against the fp32 formula and safetensors' own reader; reports; the command."""
+
+import csv
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from assembly_world import edit, formula, load, same, save, weights, write_recipe
+from torch import Tensor
+
+from dvpa.checkpoint.assemble import assemble, survey
+from dvpa.checkpoint.fp8 import dequantise
+from dvpa.checkpoint.headers import INDEX_FILE, raw_header
+from dvpa.checkpoint.tensor_class import place_of
+from dvpa.cli import main
+
+ALL = {"match": "all", "lambda": {"a": 1.0}}
+MIX = {"match": "all", "lambda": {"a": 0.6, "b": 0.4}}
+SCALE = "_scale_inv"
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three bf16 parents; never written to."""
+    root = tmp_path_factory.mktemp("parents")
+    return {name: save(root / name, weights(i)) for i, name in enumerate("abc")}
+
+
+@pytest.fixture(scope="module")
+def fp8_parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("fp8_parents")
+    return {name: save(root / name, weights(i, fp8=True)) for i, name in enumerate("ab")}
+
+
+def test_linear_is_the_formula_to_the_bit(parents: dict[str, Path], tmp_path: Path) -> None:
+    rules = [{"match": "all", "lambda": {"a": 0.25, "b": 0.45, "c": 0.3}}]
+    report = assemble(write_recipe(tmp_path / "r.yaml", parents, rules), tmp_path / "out")
+    loaded = [load(folder) for folder in parents.values()]
+    result = load(tmp_path / "out")
+    assert result.keys() == loaded[0].keys()
+    for name, tensor in result.items():
+        wanted = formula([0.25, 0.45, 0.3], [each[name] for each in loaded])
+        assert same(tensor, wanted), name
+    assert report.tensors == report.actions["merged"] == len(result)
+
+
+def test_layout_metadata_and_side_files_are_the_bases(
+    parents: dict[str, Path], tmp_path: Path
+) -> None:
+    assemble(write_recipe(tmp_path / "r.yaml", parents, [MIX]), tmp_path / "out")
+    base, out = parents["a"], tmp_path / "out"
+    shards = sorted(path.name for path in base.glob("*.safetensors"))
+    assert sorted(path.name for path in out.glob("*.safetensors")) == shards
+    for name in shards:
+        assert raw_header(out / name) == raw_header(base / name)
+        assert (out / name).stat().st_size == (base / name).stat().st_size
+    for name in (INDEX_FILE, "config.json", "tokenizer.json"):
+        assert (out / name).read_bytes() == (base / name).read_bytes()
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
+    manifest = json.loads((out / "manifest.json").read_text())
+    written = {path.name for path in out.iterdir()} - {"manifest.json"}
+    assert manifest["files"].keys() == written
+    for name, said in manifest["files"].items():
+        content = (out / name).read_bytes()
+        assert said == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    assert not (tmp_path / "out.incomplete").exists()
+
+
+def test_one_file_without_an_index(tmp_path: Path) -> None:
+    parents = {n: save(tmp_path / n, weights(i), shards=1) for i, n in enumerate("ab")}
+    assemble(write_recipe(tmp_path / "r.yaml", parents, [MIX]), tmp_path / "out")
+    result, left, right = (load(folder) for folder in (tmp_path / "out", *parents.values()))
+    assert all(same(result[n], formula([0.6, 0.4], [left[n], right[n]])) for n in left)
+
+
+def test_parents_may_be_cut_into_shards_differently(tmp_path: Path) -> None:
+    parents = {
+        "a": save(tmp_path / "a", weights(0, fp8=True), shards=5),
+        "b": save(tmp_path / "b", weights(1, fp8=True), shards=2),
+    }
+    rules = [{"match": "all", "lambda": {"b": 1.0}}]
+    assemble(write_recipe(tmp_path / "r.yaml", parents, rules), tmp_path / "out")
+    result, right = load(tmp_path / "out"), load(parents["b"])
+    assert all(same(result[name], right[name]) for name in right)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 5
+
+
+@pytest.mark.parametrize("taken", ["a", "b"])
+def test_one_parent_alone_comes_back_byte_for_byte(
+    taken: str, fp8_parents: dict[str, Path], tmp_path: Path
+) -> None:
+    """Dense first layer, 576-row matrix, scales in other shards, an MTP layer, an unknown name."""
+    rules = [{"match": "all", "lambda": {taken: 1.0}}]
+    report = assemble(write_recipe(tmp_path / "r.yaml", fp8_parents, rules), tmp_path / "out")
+    result, source = load(tmp_path / "out"), load(fp8_parents[taken])
+    assert result.keys() == source.keys()
+    assert all(same(result[name], source[name]) for name in source)
+    kinds = {row.name for row in report.classes}
+    assert {"dense_mlp", "mtp", "other", "routed_experts"} <= kinds
+    assert report.actions == {"merged": 0, "copied": len(source), "kept": 0, "equal": 0}
+    assert "model.layers.2.self_attn.kv_a_proj_with_mqa.weight_scale_inv" in source
+    if taken == "a":
+        for path in fp8_parents["a"].glob("*.safetensors"):
+            assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_fp8_is_interpolated_in_fp32(fp8_parents: dict[str, Path], tmp_path: Path) -> None:
+    """Within E4M3's own rounding of the exact interpolation: about 2 % of the norm."""
+    rules = [{"match": "all", "lambda": {"a": 0.5, "b": 0.5}}]
+    assemble(write_recipe(tmp_path / "r.yaml", fp8_parents, rules), tmp_path / "out")
+    left, right = (load(folder) for folder in fp8_parents.values())
+    result = load(tmp_path / "out")
+    errors = []
+    for name in (name for name in result if f"{name}{SCALE}" in result):
+        exact = formula(
+            [0.5, 0.5], [dequantise(each[name], each[name + SCALE]) for each in (left, right)]
+        )
+        assert result[name].dtype == torch.float8_e4m3fn
+        found = dequantise(result[name], result[name + SCALE])
+        errors.append(float((found - exact).norm() / exact.norm()))
+    assert len(errors) > 40
+    assert max(errors) < 0.04
+    assert sum(errors) / len(errors) < 0.0265  # white noise, nothing cancels; see docs/benchmarks
+    for name in (name for name in result if not name.endswith(SCALE)):
+        if f"{name}{SCALE}" not in result:
+            assert same(result[name], formula([0.5, 0.5], [left[name], right[name]])), name
+
+
+def test_the_first_rule_that_matches_decides(parents: dict[str, Path], tmp_path: Path) -> None:
+    rules = [
+        {"match": "routed_experts", "layers": 2, "experts": "1-2", "lambda": {"c": 1.0}},
+        {"match": "routed_experts", "regex": r"down_proj", "lambda": {"a": 0.5, "b": 0.5}},
+        {"match": "routed_experts", "lambda": {"b": 1.0}},
+        {"match": "mtp", "lambda": {"b": 1.0}},
+        {"match": "norms", "lambda": {"a": 0.5, "c": 0.5}},
+        ALL,
+    ]
+    report = assemble(write_recipe(tmp_path / "r.yaml", parents, rules), tmp_path / "out")
+    a, b, c = (load(folder) for folder in parents.values())
+    result = load(tmp_path / "out")
+    for name, tensor in result.items():
+        place = place_of(name, 3)
+        if place.tensor_class == "routed_experts":
+            if place.layer == 2 and place.expert in (1, 2):
+                wanted = c[name]
+            elif "down_proj" in name:
+                wanted = formula([0.5, 0.5], [a[name], b[name]])
+            else:
+                wanted = b[name]
+        elif place.tensor_class == "mtp":
+            wanted = b[name]
+        elif place.tensor_class == "norms":
+            wanted = formula([0.5, 0.5], [a[name], c[name]])
+        else:
+            wanted = a[name]
+        assert same(tensor, wanted), name
+    assert [row.tensors for row in report.rules[:2]] == [6, 6]
+    assert sum(row.tensors for row in report.rules) == len(result)
+
+
+def near(tensors: dict[str, Tensor], level: float, names: Any, seed: int = 9) -> dict[str, Tensor]:
+    """The same tensors, those that `names` picks moved by noise of that root mean square."""
+    generator = torch.Generator().manual_seed(seed)
+    moved = {}
+    for name, tensor in tensors.items():
+        noise = level * torch.randn(tensor.shape, generator=generator)
+        moved[name] = (tensor.float() + noise).to(tensor.dtype) if names(name) else tensor
+    return moved
+
+
+def test_what_hardly_differs_stays_the_bases(tmp_path: Path) -> None:
+    base = weights(0)
+    other = near(near(base, 0.01, lambda n: ".experts." in n), 0.001, lambda n: "self_attn" in n)
+    parents = {"a": save(tmp_path / "a", base), "b": save(tmp_path / "b", other)}
+    recipe = write_recipe(tmp_path / "r.yaml", parents, [MIX], delta=0.003)
+    report = assemble(recipe, tmp_path / "out")
+    result = load(tmp_path / "out")
+    for name, tensor in result.items():
+        if ".experts." in name:
+            assert same(tensor, formula([0.6, 0.4], [base[name], other[name]])), name
+        else:
+            assert same(tensor, base[name]), name
+    rows = {row.name: row for row in report.classes}
+    assert rows["routed_experts"].actions["merged"] == 24
+    assert rows["attention"].actions["kept"] == 6  # and their norms are norms
+    assert rows["embeddings"].actions["equal"] == 2
+    assert rows["routed_experts"].difference is not None
+    assert rows["routed_experts"].difference["median"] == pytest.approx(0.01, rel=0.02)
+    assert rows["routed_experts"].relative == pytest.approx(0.5, rel=0.02)
+    exact = [
+        float((other[n].double() - base[n].double()).square().mean().sqrt())
+        for n in base
+        if ".experts." in n and "layers.3" not in n
+    ]
+    assert rows["routed_experts"].difference["max"] == pytest.approx(max(exact), rel=1e-4)
+
+
+def test_a_rule_has_a_threshold_of_its_own(tmp_path: Path) -> None:
+    base = weights(0)
+    other = near(base, 0.005, lambda n: True)
+    parents = {"a": save(tmp_path / "a", base), "b": save(tmp_path / "b", other)}
+    rules = [
+        {"match": "routed_experts", "experts": "0-1", "delta": 0.1, "lambda": {"b": 1.0}},
+        {"match": "routed_experts", "delta": 0.001, "lambda": {"b": 1.0}},
+        {"match": "all", "lambda": {"b": 1.0}},
+    ]
+    assemble(write_recipe(tmp_path / "r.yaml", parents, rules, delta=0.1), tmp_path / "out")
+    for name, tensor in load(tmp_path / "out").items():
+        place = place_of(name, 3)
+        is_kept = place.tensor_class != "routed_experts" or place.expert in (0, 1)
+        assert same(tensor, base[name] if is_kept else other[name]), name
+
+
+def test_a_threshold_for_an_expert_as_a_whole(tmp_path: Path) -> None:
+    """One matrix of expert 0 differs little, the expert does not: all of it is merged."""
+    base = weights(0)
+    other = near(base, 0.01, lambda n: ".experts.0." in n and "up_proj" not in n)
+    other = near(other, 0.0005, lambda n: ".experts.0.up_proj" in n)
+    other = near(other, 0.0005, lambda n: ".experts.1." in n)
+    parents = {"a": save(tmp_path / "a", base), "b": save(tmp_path / "b", other)}
+    rule = {"match": "routed_experts", "expert_delta": 0.003, "lambda": {"a": 0.5, "b": 0.5}}
+    report = assemble(write_recipe(tmp_path / "r.yaml", parents, [rule, ALL]), tmp_path / "out")
+    result = load(tmp_path / "out")
+    for name, tensor in result.items():
+        wanted = base[name]
+        if ".experts.0." in name and "layers.3" not in name:
+            wanted = formula([0.5, 0.5], [base[name], other[name]])
+        assert same(tensor, wanted), name
+    actions = {row.name: row.actions for row in report.classes}["routed_experts"]
+    assert actions == {"merged": 6, "copied": 0, "kept": 6, "equal": 12}
+
+
+def test_whatever_the_chunks_the_result_is_the_same(
+    parents: dict[str, Path],
+    fp8_parents: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for kind, folders in (("bf16", parents), ("fp8", fp8_parents)):
+        recipe = write_recipe(tmp_path / f"{kind}.yaml", folders, [MIX], delta=1e-9)
+        assemble(recipe, tmp_path / kind)
+        with monkeypatch.context() as patch:
+            patch.setattr("dvpa.checkpoint.assembly_steps.CHUNK_BYTES", 1000)
+            assemble(recipe, tmp_path / f"{kind}_small", threads=3)
+        left, right = load(tmp_path / kind), load(tmp_path / f"{kind}_small")
+        assert all(same(left[name], right[name]) for name in left)
+
+
+def test_tensors_that_are_no_floats_are_taken_whole(tmp_path: Path) -> None:
+    extra = {"model.steps": torch.arange(6), "model.flags": torch.tensor([True, False])}
+    parents = {
+        "a": save(tmp_path / "a", {**weights(0), **extra}),
+        "b": save(tmp_path / "b", {**weights(1), **extra, "model.steps": torch.arange(6) * 2}),
+    }
+    rules = [{"match": "other", "delta": 0.5, "lambda": {"b": 1.0}}, MIX]
+    assemble(write_recipe(tmp_path / "r.yaml", parents, rules), tmp_path / "out")
+    result = load(tmp_path / "out")
+    assert result["model.steps"].equal(torch.arange(6) * 2)
+    assert result["model.flags"].equal(extra["model.flags"])
+    with pytest.raises(ValueError, match=r"model.(steps|flags): is (I64|BOOL), which cannot be"):
+        assemble(write_recipe(tmp_path / "r.yaml", parents, [MIX]), tmp_path / "mixed")
+
+
+def test_a_dry_run_says_what_a_run_does(parents: dict[str, Path], tmp_path: Path) -> None:
+    rules = [
+        {"match": "routed_experts", "delta": 0.0283, "lambda": {"a": 0.5, "b": 0.5}},
+        {"match": "attention", "lambda": {"b": 1.0}},
+        MIX,
+    ]
+    recipe = write_recipe(tmp_path / "r.yaml", parents, rules)
+    foretold = survey(recipe)
+    assert {path.name for path in tmp_path.iterdir()} == {"r.yaml"}
+    done = assemble(recipe, tmp_path / "out")
+    assert foretold.actions == done.actions
+    assert foretold.classes == done.classes
+    assert foretold.histogram == done.histogram
+    assert 0 < done.actions["kept"] < 24
+
+
+def test_comparing_only_for_the_report_can_be_left_out(
+    parents: dict[str, Path], tmp_path: Path
+) -> None:
+    rules = [{"match": "routed_experts", "lambda": {"b": 1.0}}, ALL]
+    recipe = write_recipe(tmp_path / "r.yaml", parents, rules)
+    full = assemble(recipe, tmp_path / "full")
+    lean = assemble(recipe, tmp_path / "lean", compare=False)
+    left, right = load(tmp_path / "full"), load(tmp_path / "lean")
+    assert all(same(left[name], right[name]) for name in left)
+    assert (full.actions, lean.histogram["classes"]) == (lean.actions, {})
+    experts = {row.name: row for row in full.classes}["routed_experts"]
+    assert full.bytes_read - lean.bytes_read == experts.num_bytes
+    assert "Nothing was compared" in (tmp_path / "lean" / "assembly.html").read_text()
+
+
+def test_the_reports_agree(fp8_parents: dict[str, Path], tmp_path: Path) -> None:
+    rules = [{"match": "routed_experts", "lambda": {"a": 0.5, "b": 0.5}}, ALL]
+    report = assemble(write_recipe(tmp_path / "r.yaml", fp8_parents, rules), tmp_path / "out")
+    data = json.loads((tmp_path / "out" / "assembly.json").read_text())
+    assert {key: data[key] for key in report.to_dict()} == json.loads(json.dumps(report.to_dict()))
+    tensors = load(tmp_path / "out")
+    with (tmp_path / "out" / "assembly_tensors.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["tensor"] for row in rows} == tensors.keys()
+    assert len(rows) == data["tensors"] == sum(row["tensors"] for row in data["classes"])
+    for kind in data["classes"]:
+        for action, count in kind["actions"].items():
+            matching = [r for r in rows if (r["class"], r["action"]) == (kind["name"], action)]
+            assert len(matching) == count
+    counted = sum(sum(c) for by in data["histogram"]["classes"].values() for c in by.values())
+    assert counted == 24  # of a weight and its scale, once
+    page = (tmp_path / "out" / "assembly.html").read_text()
+    assert "<svg" in page
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+    card = (tmp_path / "out" / "README.md").read_text()
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert head["base_model"] == ["a", "b"]
+    assert "assembly.svg" in card
+    assert (tmp_path / "out" / "assembly.svg").read_text() in page
+
+
+def test_the_card_keeps_the_bases_licence_and_nothing_can_break_it(tmp_path: Path) -> None:
+    parents = {n: save(tmp_path / n, weights(i)) for i, n in enumerate("ab")}
+    (parents["a"] / "README.md").write_text("---\nlicense: mit\ntags: [x]\n---\n# A\n")
+    (parents["a"] / "LICENSE").write_text("MIT")
+    (parents["a"] / "figures").mkdir()
+    rules = [{"match": "all", "regex": r"a|<b>", "lambda": {"a": 0.5, "b": 0.5}}, ALL]
+    assemble(write_recipe(tmp_path / "<r>.yaml", parents, rules), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1])["license"] == "mit"
+    assert r"regex a\|<b>" in card
+    assert (tmp_path / "out" / "LICENSE").read_text() == "MIT"
+    page = (tmp_path / "out" / "assembly.html").read_text()
+    assert "&lt;b&gt;" in page
+    assert "<r>" not in page
+    assert "figures" in page
+
+
+def test_differing_configs_and_idle_rules_are_reported(tmp_path: Path) -> None:
+    parents = {
+        "a": save(tmp_path / "a", weights(0), routed_scaling_factor=2.5),
+        "b": save(tmp_path / "b", weights(1), routed_scaling_factor=1.0),
+    }
+    rules = [{"match": "attention", "layers": "90-99", "lambda": {"b": 1.0}}, MIX]
+    report = survey(write_recipe(tmp_path / "r.yaml", parents, rules))
+    assert report.warnings == [
+        "rules[0] (attention, layers 90-99) matches no tensor",
+        "config.json: routed_scaling_factor differs (a: 2.5, b: 1.0); a's is kept",
+    ]
+
+
+def test_the_command(
+    parents: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", {**parents, "b": Path("nowhere")}, [MIX])
+    out = tmp_path / "out"
+    assert main(["assemble", str(recipe), str(out), "--dry-run"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    placed = ["--parent", f"b={parents['b']}"]
+    assert main(["assemble", str(recipe), str(out), *placed, "--dry-run", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["actions"]["merged"] == 77
+    assert not out.exists()
+    assert main(["assemble", str(recipe), str(out), *placed, "--threads", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "routed_experts" in shown
+    assert max(map(len, shown.splitlines()[:16])) <= 80
+    assert main(["assemble", str(recipe), str(out), *placed]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    for bad in (["--parent", "b"], ["--parent", "z=x"], ["--threads", "0"], ["--threads", "x"]):
+        assert main(["assemble", str(recipe), str(tmp_path / "new"), *bad]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_no_torch_without_fp8(parents: dict[str, Path], tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", parents, [MIX])
+    program = (
+        "import sys; from dvpa.cli import main\n"
+        f"code = main(['assemble', {str(recipe)!r}, {str(tmp_path / 'out')!r}])\n"
+        "loaded = {'torch', 'transformers', 'matplotlib'} & set(sys.modules)\n"
+        "raise SystemExit(f'loaded: {sorted(loaded)}' if loaded else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_torchs_threads_are_left_as_they_were(fp8_parents: dict[str, Path], tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        survey(write_recipe(tmp_path / "r.yaml", fp8_parents, [MIX]))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_result_may_be_a_parent(parents: dict[str, Path], tmp_path: Path) -> None:
+    first = write_recipe(tmp_path / "1.yaml", {k: parents[k] for k in "ab"}, [MIX])
+    assemble(first, tmp_path / "ab")
+    folders = {"a": tmp_path / "ab", "b": parents["c"]}
+    assemble(write_recipe(tmp_path / "2.yaml", folders, [MIX]), tmp_path / "out")
+    result, left, right = (load(folder) for folder in (tmp_path / "out", *folders.values()))
+    assert all(same(result[n], formula([0.6, 0.4], [left[n], right[n]])) for n in left)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {path.name for path in (tmp_path / "ab").iterdir()}
+
+
+def test_editing_keeps_the_index(tmp_path: Path) -> None:
+    """Guards the tests' own tool: nothing but the tensor changes."""
+    folder = save(tmp_path / "a", weights(0))
+    before = load(folder)
+    edit(folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"] * 2})
+         if "lm_head.weight" in t else None)  # fmt: skip
+    after = load(folder)
+    assert [n for n in before if not same(before[n], after[n])] == ["lm_head.weight"]
