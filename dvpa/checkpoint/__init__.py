@@ -1,4 +1,4 @@
-"""Checkpoints as files: shards, merging, other families taken in, and one tier as a plain checkpoint.
+"""Checkpoints as files: shards, merging, other families taken in, a tier as a plain checkpoint.
 
 Loads lazily.
 """

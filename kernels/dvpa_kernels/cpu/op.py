@@ -64,7 +64,8 @@ def moe_mlp_cpu(
     is_traced = torch.compiler.is_compiling() or type(x) is not Tensor
     y: Tensor
     if wants_grad and not is_traced:
-        y = MoeMlpPerExpert.apply(x, w_gate_up, w_down, *routing.without_padding().columns)
+        columns = routing.without_padding().columns
+        y = MoeMlpPerExpert.apply(x, w_gate_up, w_down, *columns)  # type: ignore[no-untyped-call]
         return y
     if wants_grad or x.dtype not in FORMATS:
         return moe_mlp_torch(x, w_gate_up, w_down, routing)
