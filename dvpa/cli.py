@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dvpa import __version__
 from dvpa import cli_commands as run
+from dvpa.cli_calibrate import EXAMPLE, add_calibrate_arguments, calibrate
 from dvpa.cli_plan import add_train_arguments
 from dvpa.command_line import BAD_INPUT, INTERRUPTED, Parser, one_line
 
@@ -57,7 +58,10 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(name: str, command: Command, text: str, example: str) -> argparse.ArgumentParser:
         parser = commands.add_parser(
-            name, help=text, description=text, epilog=f"example: dvpa {name} {example}"
+            name,
+            help=text,
+            description=text,
+            epilog=f"example: dvpa {name} {example}",
         )
         parser.set_defaults(command=command)
         return parser
@@ -115,6 +119,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="override one key of the recipe, as in a.b=c; may be repeated",
     )
+
+    fit = add("calibrate", calibrate, "fit the tier map under a budget, and report", EXAMPLE)
+    add_calibrate_arguments(fit)
+    _add_json(fit)
 
     score = add(
         "score",

@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -42,7 +43,7 @@ def show_plan(name: str, tiers: Sequence[Any], priced: "ModelPrice") -> None:
     from rich.table import Table
 
     table = Table(
-        title=f"{name}: {_params(priced.total_params)} parameters",
+        title=f"{name}: {format_parameters(priced.total_params)} parameters",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),  # ten columns have to fit into 80 characters
@@ -57,9 +58,9 @@ def show_plan(name: str, tiers: Sequence[Any], priced: "ModelPrice") -> None:
             cost.name,
             str(tier.num_groups),
             str(tier.top_k),
-            _params(cost.activated_params),
+            format_parameters(cost.activated_params),
             f"{cost.ratio_to_top:.0%}",
-            _params(cost.tier_params),
+            format_parameters(cost.tier_params),
             _count(cost.flops_per_token),
             f"{cost.kv_bytes_per_token:,}",
             _count(cost.weight_bytes) + "B",
@@ -68,8 +69,8 @@ def show_plan(name: str, tiers: Sequence[Any], priced: "ModelPrice") -> None:
     console().print(table)
     if priced.mtp_params:
         console().print(
-            f"beside them, for training and drafts: {_params(priced.mtp_params)} parameters of "
-            "multi-token prediction"
+            f"beside them, for training and drafts: {format_parameters(priced.mtp_params)} "
+            "parameters of multi-token prediction"
         )
 
 
@@ -92,7 +93,7 @@ def show_bench(name: str, rows: Sequence["BenchRow"]) -> None:
             f"{row.tokens_per_s:.1f}",
             f"{row.tokens_per_cpu_s:.1f}",
             f"{row.tokens_per_s / beside.tokens_per_s:.2f}",
-            _params(row.activated_params),
+            format_parameters(row.activated_params),
             f"{row.activated_params / beside.activated_params:.2f}",
         )
     console().print(table)
@@ -118,6 +119,20 @@ def show_progress(items: Iterable[T], text: str) -> Iterator[T]:
             yield item
 
 
+@contextmanager
+def progress_bar(text: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, where that is a terminal; call it with (done, total)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    stderr = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        task = bar.add_task(text, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 def show_record(title: str, record: Mapping[str, Any]) -> None:
     """Print one record, a field per row."""
     from rich.table import Table
@@ -136,7 +151,7 @@ def _cell(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def _params(number: float) -> str:
+def format_parameters(number: float) -> str:
     """A number of parameters, whose unit above the million is B by custom."""
     return _count(number).replace("G", "B")
 

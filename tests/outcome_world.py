@@ -31,7 +31,7 @@ def sum_tokenizer() -> Any:
 
 @cache
 def sum_model() -> DvpaForCausalLM:
-    """Pico, briefly overfitted on half the tasks, in training mode; nobody may change its weights."""
+    """Pico, briefly overfitted on half the tasks; nobody may change its weights."""
     tokenizer = sum_tokenizer()
     torch.manual_seed(0)
     model = DvpaForCausalLM(load_model_config(find_config("model/pico.yaml")))

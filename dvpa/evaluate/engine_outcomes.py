@@ -254,13 +254,18 @@ class _Chunks:
         return np.asarray(total / (read + tokens))
 
 
-def scoring_flops(model_price: ModelPrice, prompt_tokens: int, tier: int) -> int:
-    """What deciding a request's tier adds when the chosen tier reads the prompt.
+def scoring_flops(
+    model_price: ModelPrice, prompt_tokens: int, tier: int, read_prompt: str = "tier"
+) -> int:
+    """What deciding a request's tier adds, as the engine counts it.
 
-    The head; above the base tier also the probe layers, whose trunk is not run twice.
+    The head; above the base tier also the probe layers where the tier reads the prompt, whose trunk
+    is not run twice, or else the prompt's last token, which the base tier has read before.
     """
     if not model_price.head_flops_per_request or tier == 0:
         return model_price.head_flops_per_request
+    if read_prompt == "base":
+        return model_price.head_flops_per_request + model_price.tiers[0].flops_per_token
     again = model_price.probe_flops_per_token - model_price.trunk_flops_per_token
     return model_price.head_flops_per_request + again * prompt_tokens
 

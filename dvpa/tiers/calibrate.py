@@ -29,6 +29,7 @@ from sklearn.isotonic import IsotonicRegression
 
 from dvpa.tiers.budget import Budget, Split, Traffic
 from dvpa.tiers.cuts import MAX_TRANSITIONS
+from dvpa.tiers.drift import NUM_BINS
 from dvpa.tiers.guard import StayLow, clopper_pearson_upper, fit_guard, losses
 from dvpa.tiers.solver import Solver
 from dvpa.tiers.tier_map import KINDS, Curve, TierMap
@@ -48,7 +49,6 @@ logger = logging.getLogger(__name__)
 
 MIN_REQUESTS = 30  # below this an isotonic curve is noise
 ADVISED_REQUESTS = 500  # methods.md F6
-HISTOGRAM_BINS = 20
 STAY_LOW_DELTA = 0.05  # of the bound that the statistics report where there is no guard
 _QUALITY_STEPS = 100  # budgets tried for min_quality
 
@@ -108,9 +108,15 @@ def fit_tier_map(
 
 
 def refit_budget(
-    tier_map: TierMap, traffic: Traffic, budget: Budget, upper_cut: bool = False
+    tier_map: TierMap,
+    traffic: Traffic,
+    budget: Budget,
+    kind: str | None = None,
+    upper_cut: bool = False,
 ) -> TierMap:
     """The same calibration curves, lambda or thresholds anew so that `traffic` meets the budget.
+
+    kind: "gain" or "threshold"; None: the map's own.
 
     For traffic whose mix of difficulties has changed and of which no outcomes are known: it trusts
     that P(success | difficulty) has not. A guard's bound was one for the old decisions; it is
@@ -123,8 +129,9 @@ def refit_budget(
     limit = budget.mean_limit(tier_map.costs)
     if limit is None:
         raise ValueError("budget: min_quality needs outcomes, not difficulties alone")
-    template = replace(tier_map, guard=None)
-    solver = Solver(template, traffic, tier_map.kind, upper_cut, budget.unit)
+    kind = tier_map.kind if kind is None else kind
+    _check_kind(kind, upper_cut)
+    solver = Solver(replace(tier_map, guard=None), traffic, kind, upper_cut, budget.unit)
     solver.check_limit(limit)
     known = ("num_fit", "num_calibrate", "quality_by_tier", "ece_by_tier", "brier_by_tier")
     kept = {key: (tier_map.statistics or {})[key] for key in known if tier_map.statistics}
@@ -132,11 +139,15 @@ def refit_budget(
     return replace(found, budget=budget.to_dict(), statistics=kept | _spending(found, traffic))
 
 
-def _check_inputs(fit: Split, calibrate: Split, num_tiers: int, kind: str, upper_cut: bool) -> None:
+def _check_kind(kind: str, upper_cut: bool) -> None:
     if kind not in KINDS:
         raise ValueError(f"kind: {kind!r} is not one of {', '.join(KINDS)}")
     if upper_cut and kind != "threshold":
         raise ValueError("upper_cut: only threshold maps have one; a gain map needs none")
+
+
+def _check_inputs(fit: Split, calibrate: Split, num_tiers: int, kind: str, upper_cut: bool) -> None:
+    _check_kind(kind, upper_cut)
     for name, split in (("fit", fit), ("calibrate", calibrate)):
         if split.quality.shape[1] != num_tiers:
             raise ValueError(
@@ -240,8 +251,8 @@ def _spending(tier_map: TierMap, traffic: Traffic) -> dict[str, Any]:
 
 
 def _histogram(difficulty: Floats) -> list[int]:
-    """Counts in HISTOGRAM_BINS equal bins of [0, 1]: what traffic is held against later."""
-    counts, _ = np.histogram(difficulty, bins=HISTOGRAM_BINS, range=(0.0, 1.0))
+    """Counts in NUM_BINS equal bins of [0, 1]: what traffic is held against later."""
+    counts, _ = np.histogram(difficulty, bins=NUM_BINS, range=(0.0, 1.0))
     return [int(count) for count in counts]
 
 
