@@ -10,9 +10,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dvpa import __version__
+from dvpa import __version__, cli_calibrate, cli_evaluate
 from dvpa import cli_commands as run
-from dvpa.cli_calibrate import EXAMPLE, add_calibrate_arguments, calibrate
 from dvpa.cli_plan import add_train_arguments
 from dvpa.command_line import BAD_INPUT, INTERRUPTED, Parser, one_line
 
@@ -120,9 +119,20 @@ def _parser() -> argparse.ArgumentParser:
         help="override one key of the recipe, as in a.b=c; may be repeated",
     )
 
-    fit = add("calibrate", calibrate, "fit the tier map under a budget, and report", EXAMPLE)
-    add_calibrate_arguments(fit)
-    _add_json(fit)
+    calibrate = add(
+        "calibrate",
+        cli_calibrate.calibrate,
+        "fit the tier map under a budget, and report",
+        cli_calibrate.EXAMPLE,
+    )
+    cli_calibrate.add_calibrate_arguments(calibrate)
+    _add_json(calibrate)
+
+    evaluate = add(
+        "evaluate", cli_evaluate.evaluate, "run lm-eval's tasks at any tier", cli_evaluate.EXAMPLE
+    )
+    cli_evaluate.add_evaluate_arguments(evaluate)
+    _add_json(evaluate)
 
     score = add(
         "score",

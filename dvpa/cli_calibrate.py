@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dvpa.cli_checkpoint import quiet_transformers, reading, require_checkpoint
-from dvpa.cli_output import console, progress_bar, format_parameters, write_json
+from dvpa.cli_output import console, format_parameters, progress_bar, write_json
 
 if TYPE_CHECKING:
     from dvpa.evaluate.calibration import CalibrationOptions

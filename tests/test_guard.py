@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from request_world import COSTS, NAMES, draw
 from scipy.stats import binom
 
 from dvpa.tiers.budget import Split
@@ -14,32 +15,19 @@ from dvpa.tiers.guard import StayLow, fit_guard, requests_needed
 from dvpa.tiers.solver import Solver
 from dvpa.tiers.tier_map import TierMap, guard_allows
 
-NAMES, COSTS = ("base", "middle", "top"), (1e5, 2.2e5, 5e5)
 ALPHA, DELTA = 0.05, 0.1
-HOPELESS_SHARE, HOPELESS_SUCCESS = 0.25, 0.02
 RESAMPLES = 200
-
-
-def draw(seed: int, size: int) -> tuple[Split, np.ndarray]:
-    """Outcomes of easy, graded and hopeless requests, and each one's chance at each tier."""
-    rng = np.random.default_rng(seed)
-    is_hopeless = rng.random(size) < HOPELESS_SHARE
-    d = np.where(is_hopeless, rng.beta(12, 1.5, size), rng.beta(1, 1.6, size))
-    graded = 1.0 / (1.0 + np.exp(-14.0 * (np.array([0.35, 0.55, 0.75]) - d[:, None])))
-    chance = np.where(is_hopeless[:, None], HOPELESS_SUCCESS, graded)
-    # One draw for all tiers: what a tier can do, those above it can.
-    return Split(d, (rng.random((size, 1)) < chance).astype(float)), chance
 
 
 def fitted(fit: Split) -> TierMap:
     """The calibration alone."""
-    tier_map = fit_tier_map(fit, draw(0, 200)[0], COSTS, Budget(fraction=1.0), NAMES)
+    tier_map = fit_tier_map(fit, draw(0, 200).split, COSTS, Budget(fraction=1.0), NAMES)
     return replace(tier_map, statistics=None)
 
 
 @pytest.fixture(scope="module")
 def template() -> TierMap:
-    return fitted(draw(1, 1500)[0])
+    return fitted(draw(1, 1500).split)
 
 
 @pytest.mark.parametrize("size", [500, pytest.param(2000, marks=pytest.mark.slow)])
@@ -47,11 +35,12 @@ def test_failures_exceed_alpha_in_at_most_delta_of_the_calibration_sets(
     template: TierMap, size: int
 ) -> None:
     """What counts is what the finished map does, at budgets from the least to a generous one."""
-    population, chance = draw(99, 5_000)
-    losing = chance[:, -1:] - chance  # of the nested draws: P(top right, tier wrong)
+    drawn = draw(99, 5_000)
+    # Draws are nested, so this is P(the top tier is right and the tier is not).
+    population, losing = drawn.split, drawn.chance[:, -1:] - drawn.chance
     exceeded: dict[tuple[str, float], int] = {}
     for seed in range(RESAMPLES):
-        calibrate, _ = draw(1000 + seed, size)
+        calibrate = draw(1000 + seed, size).split
         guarded = replace(template, guard=fit_guard(template, calibrate, ALPHA, DELTA))
         for kind in ("gain", "threshold"):
             solver = Solver(guarded, calibrate.traffic, kind)
@@ -66,7 +55,7 @@ def test_failures_exceed_alpha_in_at_most_delta_of_the_calibration_sets(
 
 def test_the_guard_is_of_use(template: TierMap) -> None:
     """It lets most requests that lose nothing stay low, hopeless ones among them."""
-    calibrate, _ = draw(7, 2000)
+    calibrate = draw(7, 2000).split
     guard = fit_guard(template, calibrate, ALPHA, DELTA)
     tiers = guard_allows(template.success(calibrate.difficulty), guard["cuts"]).argmax(axis=1)
     assert (tiers < 2).mean() > 0.6
@@ -79,8 +68,8 @@ def test_the_guard_is_of_use(template: TierMap) -> None:
 
 def test_a_bound_per_tier_would_not_hold_for_decisions(template: TierMap) -> None:
     """Why decisions are bounded: the middle tier's region is safe, what the tier gets is not."""
-    population, chance = draw(99, 20_000)
-    losing = chance[:, -1:] - chance
+    drawn = draw(99, 20_000)
+    population, losing = drawn.split, drawn.chance[:, -1:] - drawn.chance
     success = template.success(population.difficulty)
     loss = success[:, -1:] - success[:, :-1]
     regions = []
@@ -96,7 +85,7 @@ def test_a_bound_per_tier_would_not_hold_for_decisions(template: TierMap) -> Non
 
 
 def test_a_map_uses_only_what_the_guard_allows() -> None:
-    fit, calibrate = draw(1, 1500)[0], draw(2, 1500)[0]
+    fit, calibrate = draw(1, 1500).split, draw(2, 1500).split
     for kind in ("gain", "threshold"):
         tier_map = fit_tier_map(
             fit, calibrate, COSTS, Budget(fraction=0.7), NAMES, kind,
@@ -104,7 +93,7 @@ def test_a_map_uses_only_what_the_guard_allows() -> None:
         )  # fmt: skip
         guard, stay_low = tier_map.guard, tier_map.statistics["stay_low"]
         assert (guard["alpha"], guard["delta"]) == (ALPHA, DELTA)
-        test = draw(3, 1500)[0]
+        test = draw(3, 1500).split
         tiers = tier_map.tiers(test.difficulty)
         success = tier_map.success(test.difficulty)
         assert guard_allows(success, guard["cuts"])[np.arange(len(tiers)), tiers].all()
@@ -116,17 +105,17 @@ def test_a_map_uses_only_what_the_guard_allows() -> None:
 
 
 def test_a_guard_that_does_not_fit_the_budget_says_so() -> None:
-    fit, calibrate = draw(1, 1500)[0], draw(2, 500)[0]
+    fit, calibrate = draw(1, 1500).split, draw(2, 500).split
     with pytest.raises(ValueError, match=r"the guard needs .*%\)"):
         fit_tier_map(fit, calibrate, COSTS, Budget(fraction=0.3), NAMES, guard_alpha=0.02)
     strict = fit_tier_map(fit, calibrate, COSTS, Budget(fraction=1.0), NAMES, guard_alpha=1e-9)
     assert strict.guard["cuts"] == [-1.0, -1.0]
-    assert set(strict.tiers(draw(3, 500)[0].difficulty)) == {2}
+    assert set(strict.tiers(draw(3, 500).split.difficulty)) == {2}
 
 
 def test_a_quality_floor_under_a_guard_reads_the_other_split() -> None:
     """The guard's bound is one for labels that nothing else has chosen by."""
-    fit, calibrate = draw(1, 1500)[0], draw(2, 1500)[0]
+    fit, calibrate = draw(1, 1500).split, draw(2, 1500).split
     budget, options = Budget(min_quality=0.9), {"guard_alpha": 0.2, "guard_delta": DELTA}
     found = fit_tier_map(fit, calibrate, COSTS, budget, NAMES, **options)
     noise = replace(calibrate, quality=np.round(np.random.default_rng(0).random((1500, 3))))
@@ -157,4 +146,4 @@ def test_requests_needed_is_the_fewest(alpha: float, delta: float, failures: int
 def test_levels_outside_their_range_are_named(template: TierMap, levels: dict[str, float]) -> None:
     given_levels = {"alpha": ALPHA, "delta": DELTA, **levels}
     with pytest.raises(ValueError, match=f"guard_{next(iter(levels))}"):
-        fit_guard(template, draw(2, 300)[0], **given_levels)
+        fit_guard(template, draw(2, 300).split, **given_levels)
