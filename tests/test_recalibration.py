@@ -181,5 +181,5 @@ def test_costs_of_a_log() -> None:
     flops = logged_costs(log, PRICE, "flops")
     plain = 14 * PRICE.tiers[0].flops_per_token
     assert flops[1, 0] == plain + PRICE.head_flops_per_request
-    with pytest.raises(ValueError, match="milliseconds need 30 logged requests .* top has 0"):
+    with pytest.raises(ValueError, match=r"milliseconds need 30 logged requests .* top has 0"):
         logged_costs(log, PRICE, "ms")
