@@ -19,7 +19,7 @@ from dvpa_train.balance import LoadBalancer, load_metrics
 from dvpa_train.batches import IGNORED, Example, assign_tiers, collate_step
 from dvpa_train.config import OptimizerConfig, StageConfig, load_recipe
 from dvpa_train.growth import attach_head, grow
-from dvpa_train.losses import MtpSchedule, mtp_nll, mtp_targets
+from dvpa_train.losses import MtpSchedule, Scorer, mtp_targets
 from dvpa_train.main import run_recipe
 from dvpa_train.module import TierModule
 
@@ -83,7 +83,8 @@ def test_loss_is_that_of_a_plain_loop_over_positions(stage: StageConfig, prompt_
 def test_right_guesses_are_counted() -> None:
     logits, targets = torch.zeros(1, 3, 5), torch.tensor([[4, IGNORED, 2]])
     logits[0, 0, 4] = 1e4
-    nll, right = mtp_nll(logits, targets)
+    is_scored = targets != IGNORED
+    nll, right = Scorer().guess(logits[is_scored], targets[is_scored])
     assert right.tolist() == [True, False]
     assert nll.tolist() == pytest.approx([0.0, math.log(5)])
 
@@ -127,7 +128,7 @@ def test_it_does_not_run_at_weight_zero_nor_without_the_module(
     with_module = mtp_model()
     without = tiny_model()
     without.load_state_dict(with_module.state_dict(), strict=False)
-    monkeypatch.setattr(DvpaForCausalLM, "mtp_logits", never)
+    monkeypatch.setattr(DvpaForCausalLM, "mtp_states", never)
     with pytest.raises(AssertionError, match="the module ran"):
         _module(with_module, PLAIN, MtpSchedule(0.3, 0.0, 0, 30)).training_step(batch, 0)
     module = _module(with_module, PLAIN, MtpSchedule(0.3, 0.0, 20, 30))  # the last third

@@ -1,6 +1,7 @@
 """Every strategy on 2 and 4 processes takes the steps of a single process: losses and gradients.
 
-fp32, gloo, pico, 20 steps of each stage; expert parallelism, ZeRO and what goes with them included.
+fp32, gloo, pico, 20 steps of each stage; expert parallelism, ZeRO and what goes with them included;
+some of them with the loss in chunks, which a single process takes at once.
 """
 
 import importlib.util
@@ -62,7 +63,7 @@ def check_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Te
 
 def test_expert_parallelism_on_two_processes(model: str, alone: Trained, tmp_path: Path) -> None:
     """The worker also checks that each rank starts from its own experts, not the first one's."""
-    kind = ("strategy.kind=fsdp2", "strategy.expert_parallel=2")
+    kind = ("strategy.kind=fsdp2", "strategy.expert_parallel=2", "strategy.loss_chunk=50")
     check_equal(train(tmp_path / "run", 2, *LONG, model, *kind), alone)
 
 
@@ -71,7 +72,7 @@ def test_expert_parallelism_on_two_processes(model: str, alone: Trained, tmp_pat
     ("ranks", "options"),
     [
         (2, "kind=ddp"),
-        (4, "kind=ddp accumulate=2"),
+        (4, "kind=ddp accumulate=2 loss_chunk=20"),
         (2, "kind=fsdp2"),
         (4, "kind=fsdp2 activation_checkpointing=true"),
         (4, "kind=fsdp2 expert_parallel=2 accumulate=2"),
@@ -82,6 +83,7 @@ def test_expert_parallelism_on_two_processes(model: str, alone: Trained, tmp_pat
         pytest.param(2, "kind=deepspeed zero_stage=1 accumulate=2", marks=NEEDS_DEEPSPEED),
         pytest.param(2, "kind=deepspeed zero_stage=2 accumulate=4", marks=NEEDS_DEEPSPEED),
         pytest.param(2, "kind=deepspeed zero_stage=3 accumulate=2", marks=NEEDS_DEEPSPEED),
+        pytest.param(2, "kind=deepspeed zero_stage=3 loss_chunk=50", marks=NEEDS_DEEPSPEED),
     ],
 )
 def test_every_strategy_takes_the_same_steps(

@@ -47,7 +47,8 @@ class DvpaOutput(CausalLMOutputWithPast):
     `loss` scalar; `logits` [B, S, vocab]; the cache as `past_key_values` (from Transformers 5.24 on
     also `cache`); `difficulty` [B] where the model scored the prompt itself; `tiers` int64 [B] or
     [B, S]; `routing` one record per MoE layer. `mtp_logits` [B, S - 1, vocab] and `mtp_routing`,
-    where asked for: at position i, of token i + 2.
+    where asked for: at position i, of token i + 2. Without logits, what the head reads instead:
+    `last_hidden_state` [B, S, D], `mtp_hidden_state` [B, S - 1, D].
     """
 
     difficulty: Tensor | None = None
@@ -55,6 +56,8 @@ class DvpaOutput(CausalLMOutputWithPast):
     routing: tuple[Routing, ...] | None = None
     mtp_logits: Tensor | None = None
     mtp_routing: Routing | None = None
+    last_hidden_state: Tensor | None = None
+    mtp_hidden_state: Tensor | None = None
 
 
 class DvpaForCausalLM(DvpaPreTrainedModel, GenerationMixin):
@@ -103,6 +106,7 @@ class DvpaForCausalLM(DvpaPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         cache: Cache | None = None,
         with_mtp: bool = False,
+        with_logits: bool = True,
         **kwargs: Any,
     ) -> DvpaOutput | tuple[Any, ...]:
         """Logits of every position at the given tiers.
@@ -115,9 +119,12 @@ class DvpaForCausalLM(DvpaPreTrainedModel, GenerationMixin):
             logits_to_keep: only the last n positions (0: all), or the given positions.
             past_key_values, cache: two names of one argument, see `cache_name`.
             with_mtp: also run the multi-token prediction module; over whole sequences only.
+            with_logits: False: the states that `lm_head` would read, and no logits: for a caller
+                that takes them to the head in parts, since a large vocabulary fills the memory.
 
         Raises:
-            ValueError: unknown tier, shapes that do not fit, or `with_mtp` where it cannot run.
+            ValueError: unknown tier, shapes that do not fit, `with_mtp` where it cannot run, or
+                `labels` without logits.
         """
         scored: list[HeadOutput] = []
 
@@ -129,6 +136,8 @@ class DvpaForCausalLM(DvpaPreTrainedModel, GenerationMixin):
                 decisions = [self.policy.decide(d) for d in scored[0].difficulty.tolist()]
             return torch.tensor([d.tier for d in decisions], device=states.device)
 
+        if labels is not None and not with_logits:
+            raise ValueError("labels: their loss needs logits (with_logits)")
         past = past_key_values if cache is None else cache
         if with_mtp and past is not None and past.get_seq_length():
             raise ValueError("with_mtp: needs whole sequences, without a cached prompt")
@@ -145,14 +154,15 @@ class DvpaForCausalLM(DvpaPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(out.hidden[:, kept])
+        states = out.hidden[:, kept]
+        logits = self.lm_head(states) if with_logits else None
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size)
-        mtp_logits, mtp_routing = None, None
+        mtp_states, mtp_routing = None, None
         if with_mtp:
             embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-            mtp_logits, mtp_routing = self.mtp_logits(
+            mtp_states, mtp_routing = self.mtp_states(
                 out.hidden, embeds, out.plan, attention_mask, position_ids, **kwargs
             )
         result = DvpaOutput(
@@ -163,12 +173,14 @@ class DvpaForCausalLM(DvpaPreTrainedModel, GenerationMixin):
             difficulty=scored[0].difficulty if scored else None,
             tiers=out.tiers,
             routing=out.routing,
-            mtp_logits=mtp_logits,
+            mtp_logits=self.lm_head(mtp_states) if with_mtp and with_logits else None,
             mtp_routing=mtp_routing,
+            last_hidden_state=None if with_logits else states,
+            mtp_hidden_state=None if with_logits else mtp_states,
         )
         return result.to_tuple() if return_dict is False else result
 
-    def mtp_logits(
+    def mtp_states(
         self,
         hidden: Tensor,
         embeds: Tensor,
@@ -177,7 +189,7 @@ class DvpaForCausalLM(DvpaPreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Routing | None]:
-        """What the multi-token prediction module says of token i + 2 at position i.
+        """What the multi-token prediction module tells the head of token i + 2 at position i.
 
         Args:
             hidden: [B, S, D] after the final norm; embeds: [B, S, D], the tokens' embeddings.
@@ -185,7 +197,8 @@ class DvpaForCausalLM(DvpaPreTrainedModel, GenerationMixin):
             attention_mask, position_ids: as in `forward`.
 
         Returns:
-            Logits [B, S - 1, vocab] of positions 0 .. S - 2, and what the module's router decided.
+            What `lm_head` reads, [B, S - 1, D] of positions 0 .. S - 2, and what the module's
+            router decided.
 
         Raises:
             ValueError: the model has no such module, or sequences are shorter than two tokens.
@@ -206,7 +219,7 @@ class DvpaForCausalLM(DvpaPreTrainedModel, GenerationMixin):
         read, routing = self.model.layers[config.num_hidden_layers](
             hidden[:, :-1], pair_plan(plan), embeds[:, 1:], **shared, **kwargs
         )
-        return self.lm_head(read), routing
+        return read, routing
 
     def probe_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Base-tier states after `probe_layer` layers, [B, S, D]; nothing beyond them runs."""

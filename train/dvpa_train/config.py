@@ -175,6 +175,8 @@ class StrategyConfig:
     precision: Literal["fp32", "bf16"] = "fp32"  # of the products; weights are kept in fp32
     activation_checkpointing: bool = False  # compute layers again instead of keeping them
     accumulate: int = 1  # micro-batches of a step
+    loss_chunk: int | None = None  # positions whose logits are made at a time, and again in the
+    # backward pass; 0: all of a micro-batch; null: 1024 where those are more than 67 million
     compile: bool = False  # torch.compile of the layers
     timeout_s: float = 600.0  # until a process that does not answer counts as lost
 

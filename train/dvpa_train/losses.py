@@ -4,13 +4,51 @@ With a multi-token prediction module also, times lambda, the cross-entropy of th
 next (DeepSeek-V3, arXiv 2412.19437, section 2.2).
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from dvpa_train.batches import IGNORED
+
+LOSS_CHUNK = 1024  # positions, where the recipe does not say; `dvpa.plan.search` takes as many
+WHOLE_LOGITS = 1 << 26  # of a micro-batch; more are made in chunks: at the loss, 12 bytes for each
+
+Head = Callable[[Tensor], Tensor]
+
+
+def as_they_are(logits: Tensor) -> Tensor:
+    """The head of what are logits already."""
+    return logits
+
+
+def in_chunks(
+    terms: Callable[..., tuple[Tensor, ...]], columns: Sequence[Tensor], size: int
+) -> tuple[Tensor, ...]:
+    """`terms(*columns)`, `size` positions at a time: what it makes of them is not kept.
+
+    Each chunk is computed again in the backward pass, so that only one chunk's logits are alive.
+
+    Args:
+        terms: of columns [M, ...] a tuple of columns [M], position by position.
+        size: 0: all at once, and kept.
+    """
+    if not size:
+        return terms(*columns)
+    starts = range(0, max(len(columns[0]), 1), size)  # no position at all is a chunk, too
+    parts = [
+        checkpoint(
+            terms,
+            *(column[start : start + size] for column in columns),
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        for start in starts
+    ]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -26,6 +64,42 @@ def distillation_kl(student: Tensor, teacher: Tensor, temperature: float) -> Ten
     target = torch.log_softmax(teacher.detach().float() / temperature, -1)
     guess = torch.log_softmax(student.float() / temperature, -1)
     return temperature**2 * F.kl_div(guess, target, reduction="none", log_target=True).sum(-1)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """From what a head reads, position by position, to the terms of the loss.
+
+    head, teacher_head: states [M, D] -> logits [M, vocab]; `as_they_are` for logits.
+    """
+
+    head: Head = as_they_are
+    teacher_head: Head = as_they_are
+    temperature: float = 1.0
+
+    def single(self, states: Tensor, targets: Tensor) -> tuple[Tensor]:
+        """(nll [M],)."""
+        return (token_nll(self.head(states), targets),)
+
+    def pair(
+        self, top: Tensor, lower: Tensor, targets: Tensor, taught: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """(nll at the top, nll lower, KL of the lower, with `taught` also of the top), each [M].
+
+        `taught`: what the teacher's head reads; None: the top is the teacher.
+        """
+        top_logits, logits = self.head(top), self.head(lower)
+        with torch.no_grad():
+            teacher = top_logits if taught is None else self.teacher_head(taught)
+        terms = [token_nll(top_logits, targets), token_nll(logits, targets)]
+        for student in (logits,) if taught is None else (logits, top_logits):
+            terms.append(distillation_kl(student, teacher, self.temperature))
+        return tuple(terms)
+
+    def guess(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(nll [M], bool [M]: the best guess is right)."""
+        logits = self.head(states)
+        return token_nll(logits, targets), logits.detach().argmax(-1) == targets
 
 
 @dataclass(frozen=True)
@@ -147,14 +221,3 @@ def mtp_targets(labels: Tensor, starts: Tensor | None = None) -> Tensor:
     """
     targets = labels[:, 1:]
     return targets if starts is None else targets.masked_fill(starts[:, 1:], IGNORED)
-
-
-def mtp_nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Per scored position: negative log likelihood in nats, and whether the best guess is right.
-
-    logits [N, S - 1, vocab], targets int64 [N, S - 1] -> fp32 [M], bool [M]. The mean of the second
-    is a proxy for how often a draft of the module would be accepted.
-    """
-    scored = targets != IGNORED
-    picked, wanted = logits[scored], targets[scored]
-    return token_nll(picked, wanted), picked.detach().argmax(-1) == wanted

@@ -137,7 +137,7 @@ def _claim(out: Path, recipe: Recipe) -> None:
     """Remember the recipe and its model, and refuse to mix two runs in one folder."""
     claim = {"recipe": asdict(recipe), "model": recipe.model_config().to_dict()}
     # What changes the speed but not the course of a run may differ from start to start.
-    free = ("expert_parallel", "activation_checkpointing", "compile", "timeout_s")
+    free = ("expert_parallel", "activation_checkpointing", "loss_chunk", "compile", "timeout_s")
     for name in free:
         del claim["recipe"]["strategy"][name]
     del claim["recipe"]["guard"]["max_rollbacks"]  # one that has run out may be given more

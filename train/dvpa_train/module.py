@@ -21,12 +21,14 @@ from dvpa_train.batches import IGNORED, Part, Rows, assign_tiers
 from dvpa_train.config import GuardConfig, OptimizerConfig, StageConfig, StrategyConfig
 from dvpa_train.guard import Guard
 from dvpa_train.losses import (
+    LOSS_CHUNK,
+    WHOLE_LOGITS,
     MtpSchedule,
+    Scorer,
     StepSums,
-    distillation_kl,
-    mtp_nll,
+    as_they_are,
+    in_chunks,
     mtp_targets,
-    token_nll,
 )
 from dvpa_train.origins import Origin
 from dvpa_train.processes import Processes, limit_waits
@@ -118,16 +120,20 @@ class TierModule(LightningModule):
         size = self.among.size
         part = Part(micro * size + self.among.rank, self.strategy.accumulate * size)
         rows = assign_tiers(batch, self.stage, self.seed, self.global_step, part)
+        chunk = self.loss_chunk(rows, with_mtp=mtp > 0)
         out = self.model(
             rows.input_ids,
             position_ids=rows.position_ids,
             tiers=rows.tiers,
             use_cache=False,
             with_mtp=mtp > 0,
+            with_logits=not chunk,
         )
-        loss, sums = self.loss(out.logits, rows, self._teach(rows), self._scored)
+        read = out.last_hidden_state if chunk else out.logits
+        loss, sums = self.loss(read, rows, self._teach(rows, chunk), self._scored, chunk)
         if mtp > 0:
-            further = self.mtp_loss(out.mtp_logits, rows, sums, self._scored_next)
+            read = out.mtp_hidden_state if chunk else out.mtp_logits
+            further = self.mtp_loss(read, rows, sums, self._scored_next, chunk)
             sums.add_mtp_run(out.mtp_routing.tiers)
             loss = loss + mtp * further
             sums.add_loss(mtp * further)
@@ -135,66 +141,88 @@ class TierModule(LightningModule):
         self._sums = sums if self._sums is None else self._sums + sums
         return loss * self._loss_factor
 
-    def _teach(self, rows: Rows) -> Tensor | None:
-        """A frozen teacher's logits of the step's examples, [N / 2, S, vocab]."""
+    def loss_chunk(self, rows: Rows, with_mtp: bool = False) -> int:
+        """Positions whose logits are made at a time; 0: all at once."""
+        if self.strategy.loss_chunk is not None:
+            return self.strategy.loss_chunk
+        logits = rows.input_ids.numel() * self.model.config.vocab_size * (1 + with_mtp)
+        return LOSS_CHUNK if logits > WHOLE_LOGITS else 0
+
+    def _teach(self, rows: Rows, chunk: int = 0) -> Tensor | None:
+        """A frozen teacher's logits of the step's examples, [N / 2, S, vocab]; or its states."""
         (teacher,) = self.teacher
         if teacher is None or not rows.paired:
             return None
         ids, tiers = rows.input_ids.chunk(2)[0], rows.tiers.chunk(2)[0]  # those at the top tier
-        return teacher.logits(ids, tiers)
+        states: Tensor = (teacher.states if chunk else teacher.logits)(ids, tiers)
+        return states
 
     def loss(
         self,
-        logits: Tensor,
+        read: Tensor,
         rows: Rows,
         taught: Tensor | None = None,
         scored: float | None = None,
+        chunk: int = 0,
     ) -> tuple[Tensor, StepSums]:
         """Cross-entropy, mixed with distillation on the lower rows.
 
         Args:
-            taught: a frozen teacher's logits of the rows' first half; None: the top tier's own.
+            read: logits [N, S, vocab]; with `chunk`, the states [N, S, D] that the head reads.
+            taught: a frozen teacher's, of the rows' first half; None: the top tier's own.
             scored: what the sums are divided by: labels of the step's examples (default: of these).
+            chunk: positions whose logits are made at a time, see `in_chunks`.
         """
         is_scored = rows.labels != IGNORED
-        picked, targets = logits[is_scored], rows.labels[is_scored]
-        nll = token_nll(picked, targets)
-        tiers = rows.tiers[is_scored]
-        real = rows.tiers[rows.tiers != NO_TIER]
-        sums = StepSums.zeros(self.stage.num_tiers, nll.device)
+        picked, targets = read[is_scored], rows.labels[is_scored]
+        sums = StepSums.zeros(self.stage.num_tiers, picked.device)
+        scorer = self._scorer(chunk)
         if rows.paired:
-            half = len(nll) // 2  # the same examples twice: top rows first, lower rows after
+            half = len(targets) // 2  # the same examples twice: top rows first, lower rows after
             count = half if scored is None else scored
-            teacher = picked[:half] if taught is None else taught[is_scored.chunk(2)[0]]
-            temperature, share = self.stage.distillation_temperature, self.stage.distillation
-            kl = distillation_kl(picked[half:], teacher, temperature)
-            top = nll[:half].sum() / count
-            lower = (1 - share) * (nll[half:].sum() / count) + share * (kl.sum() / count)
+            columns = [picked[:half], picked[half:], targets[:half]]
+            if taught is not None:
+                columns.append(taught[is_scored.chunk(2)[0]])
+            top_nll, lower_nll, kl, *rest = in_chunks(scorer.pair, columns, -(-chunk // 2))
+            share = self.stage.distillation
+            top = top_nll.sum() / count
+            lower = (1 - share) * (lower_nll.sum() / count) + share * (kl.sum() / count)
             sums.add_distillation(kl.detach())
             if self.stage.distill_top:
-                top_kl = distillation_kl(picked[:half], teacher, temperature).sum() / count
-                top = (1 - share) * top + share * top_kl
-            loss = 0.5 * (top + lower)
+                top = (1 - share) * top + share * (rest[0].sum() / count)
+            loss, nll = 0.5 * (top + lower), torch.cat((top_nll, lower_nll)).detach()
         else:
+            (nll,) = in_chunks(scorer.single, (picked, targets), chunk)
             loss = nll.sum() / (len(nll) if scored is None else scored)
-        sums.add(loss.detach(), nll.detach(), tiers, real)
+        real = rows.tiers[rows.tiers != NO_TIER]
+        sums.add(loss.detach(), nll.detach(), rows.tiers[is_scored], real)
         return loss, sums
 
     def mtp_loss(
-        self, logits: Tensor, rows: Rows, sums: StepSums, scored: float | None = None
+        self, read: Tensor, rows: Rows, sums: StepSums, scored: float | None = None, chunk: int = 0
     ) -> Tensor:
         """Mean cross-entropy of the token after the next over all rows; `sums` takes note of it.
 
-        logits [N, S - 1, vocab] of the multi-token prediction module. Paired rows have the same
-        positions scored, so top and lower rows count one half each, as in `loss`. `scored` as
-        there; sequences of two tokens have nothing to score.
+        read: logits [N, S - 1, vocab] of the multi-token prediction module, or its states. Paired
+        rows have the same positions scored, so top and lower rows count one half each, as in
+        `loss`. `scored`, `chunk` as there; sequences of two tokens have nothing to score.
         """
         starts = None if rows.position_ids is None else rows.position_ids == 0
-        nll, right = mtp_nll(logits, mtp_targets(rows.labels, starts))
+        targets = mtp_targets(rows.labels, starts)
+        is_scored = targets != IGNORED
+        columns = (read[is_scored], targets[is_scored])
+        nll, right = in_chunks(self._scorer(chunk).guess, columns, chunk)
         halves = 2 if rows.paired else 1
         count = max(len(nll) if scored is None else halves * scored, 1)
         sums.add_mtp(nll.detach(), right)
         return nll.sum() / count
+
+    def _scorer(self, chunk: int) -> Scorer:
+        (teacher,), temperature = self.teacher, self.stage.distillation_temperature
+        if not chunk:
+            return Scorer(temperature=temperature)
+        teacher_head = as_they_are if teacher is None else teacher.head
+        return Scorer(self.model.lm_head, teacher_head, temperature)
 
     @property
     def _is_last_micro(self) -> bool:

@@ -65,6 +65,10 @@ def _check_strategy(recipe: "Recipe", path: Path, config: DvpaConfig) -> None:
     if strategy.expert_parallel > 1 and strategy.kind != "fsdp2":
         # ZeRO-3 overwrites own experts with rank 0's, without a word; 1 and 2 cannot save them.
         raise ValueError(f"{where}.expert_parallel: needs kind fsdp2, not {strategy.kind}")
+    if strategy.loss_chunk is not None and strategy.loss_chunk < 0:
+        raise ValueError(
+            f"{where}.loss_chunk: {strategy.loss_chunk} must be 0 (all at once) or positive"
+        )
     if config.unit_size % strategy.expert_parallel:
         raise ValueError(
             f"{where}.expert_parallel: {strategy.expert_parallel} must divide the "
