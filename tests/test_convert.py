@@ -142,6 +142,7 @@ def test_auto_takes_the_pools_that_lose_less(tmp_path: Path) -> None:
         convert_checkpoint(tmp_path / "source", tmp_path / "no", text(), tiers=fits_one)
 
 
+@torch.no_grad()
 def test_importance_is_reap(tmp_path: Path) -> None:
     """Mean over an expert's tokens of gate x norm of its output, from the source's own modules."""
     source = make_source(tmp_path / "source")

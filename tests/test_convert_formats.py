@@ -127,7 +127,8 @@ def test_fp8_is_taken_in_as_bf16(fp8_source: Path, tmp_path: Path) -> None:
     again = read_folder(tmp_path / "again")
     assert again.keys() == theirs.keys()
     for name, tensor in theirs.items():
-        assert again[name].dtype == tensor.dtype
+        is_router = name.endswith("gate.weight")  # Transformers has stored it in fp32
+        assert again[name].dtype == (torch.bfloat16 if is_router else tensor.dtype), name
         if not is_quantised(name):
             continue
         moved = name
