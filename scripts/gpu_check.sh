@@ -66,5 +66,7 @@ if [ "$run_bench" = 1 ]; then
     echo "== benchmark"
     "$python" scripts/bench_kernels.py --device cuda --out "$results/kernels_gpu.json" "$@" \
         || status=1
+    "$python" scripts/bench_training.py --device cuda --model model/dvpa-1b.yaml --examples 8 \
+        --length 1024 --out "$results/training_gpu.json" || status=1
 fi
 exit "$status"

@@ -12,6 +12,7 @@ import escalation_page
 import plan_page
 import server_page
 import tier_map_page
+import training_page
 from kernel_page import FIGURE, fit_lines, introduction, kernel_parts, linear_png
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
@@ -258,6 +259,13 @@ def render_tier_map(result: dict[str, Any]) -> str:
     return "\n\n".join([*parts, figure, machine(result["environment"])])
 
 
+def render_training(result: dict[str, Any]) -> str:
+    """Training steps beside Transformers' Trainer."""
+    text, head, rows = training_page.training_part(result)
+    parts = ["## Training steps, beside Transformers' Trainer", text, table(head, rows)]
+    return "\n\n".join([*parts, machine(result["environment"])])
+
+
 RENDERERS = {
     "demo": render_demo,
     "words": render_words,
@@ -271,6 +279,8 @@ RENDERERS = {
     "escalation": render_escalation,
     "speculation": render_speculation,
     "plan": render_plan,
+    "training": render_training,
+    "training_gpu": render_training,
     "kernels_cpu": render_kernels,
     "kernels_gpu": render_kernels,
 }
