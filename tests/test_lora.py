@@ -14,6 +14,7 @@ from dvpa.model import DvpaForCausalLM
 from dvpa_train.config import LoraConfig
 from dvpa_train.lora import add_adapters, merge, num_trained, restore_adapters, save_adapters
 from dvpa_train.parts import PARTS, freeze, part_of
+from dvpa_train.starts import Start
 from dvpa_train.teacher import AdapterTeacher, FrozenTeacher
 
 IDS = left_padded([12, 12]).input_ids
@@ -139,7 +140,7 @@ def test_a_teacher_is_the_model_before_and_leaves_the_student_alone() -> None:
     train(model)
     wanted = logits(model, 1)
     tiers = torch.full_like(IDS, 2)
-    for teacher in (AdapterTeacher(adapted, model), FrozenTeacher(tiny_model())):
+    for teacher in (AdapterTeacher(adapted, model), FrozenTeacher(Start(tiny_model()))):
         taught = teacher.logits(IDS, tiers)
         assert torch.equal(taught, before)
         assert not taught.requires_grad

@@ -184,6 +184,9 @@ class WandbLog:
         import wandb
 
         os.environ.setdefault("WANDB_SILENT", "true")  # its banner would tear the progress line
+        # W&B's background process of a parent still holds the run of a start that was killed.
+        if f"-{os.getpid()}-" not in os.environ.get("WANDB_SERVICE", ""):
+            os.environ.pop("WANDB_SERVICE", None)
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "dvpa"),
