@@ -1,5 +1,7 @@
 """The model's switches: other attention and other gates; model, `generate` and engine agree."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,3 +84,24 @@ def test_prices_are_those_of_the_model(case: str) -> None:
         cache = model(torch.zeros(1, 3, dtype=torch.long), tiers=0).past_key_values
     rows = sum(part.numel() for layer in cache.layers for part in (layer.keys, layer.values))
     assert priced.tiers[0].kv_bytes_per_token == 2 * rows // 3
+
+
+@pytest.mark.parametrize("case", ["striped", "norms of projections", "softmax"])
+def test_experts_from_disk(case: str, tmp_path: Path) -> None:
+    """With room for the base pools and one layer's other experts; of stripes as of groups."""
+    model = tiny_model(tiny_config(**CASES[case]), seed=5)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must be at least") as refused:
+        Engine(tmp_path, max_resident_bytes=1)
+    least = int(re.findall(r"at least (\d+)", str(refused.value))[0])
+    prompts = [[5, 6, 7], [9] * 20, [3]]
+    params = [
+        SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, tier=tier)
+        for tier in (2, 0, 1)
+    ]
+    wanted = [out.token_ids for out in Engine(model).generate(prompts, params)]
+    paged = Engine(tmp_path, max_resident_bytes=least)
+    assert [out.token_ids for out in paged.generate(prompts, params)] == wanted
+    assert paged.store is not None
+    assert paged.store.stats.bytes_read > 0
+    paged.close()
