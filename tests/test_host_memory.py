@@ -86,6 +86,7 @@ def test_the_limit_of_a_control_group_counts(
     assert host_bytes() >= unlimited
 
 
+@pytest.mark.slow
 def test_without_calibration_a_run_ends_with_its_stages_and_can_be_finished_later(
     tmp_path: Path,
 ) -> None:

@@ -386,8 +386,10 @@ def test_a_rerun_keeps_whole_shards_and_changes_no_byte(
     ("change", "reason"),
     [
         ({"options": PrepareOptions(shard_tokens=2000, eos=False)}, "another options than before"),
-        ({"damage": "shard-00001.bin"}, r"shard-00001\.bin: .*corrupt"),
-        ({"damage": "progress.json"}, "not resumed"),
+        pytest.param(
+            {"damage": "shard-00001.bin"}, r"shard-00001\.bin: .*corrupt", marks=pytest.mark.slow
+        ),
+        pytest.param({"damage": "progress.json"}, "not resumed", marks=pytest.mark.slow),
     ],
 )
 def test_what_does_not_fit_is_started_over_and_says_so(
