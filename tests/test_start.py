@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dvpa.config import DvpaConfig
+from dvpa.config import DvpaConfig, load_model_config
 from dvpa.model import DvpaForCausalLM
 from dvpa_train import draws
 from dvpa_train.growth import ROUTER_STD, Grown, attach_head
@@ -174,6 +174,9 @@ def test_a_start_keeps_generation_settings_and_drops_the_head(tmp_path: Path) ->
     assert start.model.config.difficulty is None
     assert start.model.generation_config.temperature == 0.7
     assert {tensor.device.type for tensor in start.model.parameters()} == {"meta"}
+    assert start.origin is not None and start.origin.describe() == f"reads {tmp_path}"
+    fresh = sharded_start(load_model_config("model/dvpa-7b-32b.yaml").truncate(1), None, seed=0)
+    assert fresh.origin is not None and fresh.origin.describe() == "draws 48.5B random weights"
 
 
 # -- growth ---------------------------------------------------------------------------------------

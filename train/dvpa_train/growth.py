@@ -17,7 +17,7 @@ from dvpa.model import DvpaForCausalLM
 from dvpa.model.difficulty import DifficultyHead
 from dvpa.model.tensor_names import HEAD_PREFIX, ROUTER_WEIGHT, TIER_BIAS
 from dvpa_train.draws import draw
-from dvpa_train.origins import Drawn, Held, Source, copy
+from dvpa_train.origins import Drawn, Held, Source, copy, num_weights
 from dvpa_train.slices import Slice, materialise, slice_of, slices_of
 from dvpa_train.stacked import DOWN, GATE_UP
 
@@ -70,6 +70,12 @@ class Grown:
                 skipped = max(new.get(name, first + len(rows)) - first, 0)
                 if skipped < len(rows):
                     slices[name].put(first + skipped, rows[skipped:])
+
+    def describe(self) -> str:
+        """See `Origin`."""
+        old, new = self.small.n_routed_experts, self.config.n_routed_experts
+        drawn = num_weights(self.config) / 1e9
+        return f"grows from {old} to {new} experts; draws {drawn:.3g}B random weights"
 
     def _biases(self, name: str) -> Tensor:
         """Old tiers keep their biases; a new one starts from the largest old one's, then zeros."""

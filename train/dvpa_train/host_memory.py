@@ -3,8 +3,9 @@
 import os
 from pathlib import Path
 
-from dvpa.pricing import FP32_BYTES, price
+from dvpa.pricing import FP32_BYTES
 from dvpa_train.config import Recipe
+from dvpa_train.origins import num_weights
 from dvpa_train.processes import Processes
 
 CGROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -21,8 +22,7 @@ def check_host_memory(recipe: Recipe, among: Processes, available: int | None = 
     Raises:
         ValueError: what would need more, and what to do instead.
     """
-    priced = price(recipe.model_config())
-    whole = FP32_BYTES * (priced.total_params + priced.mtp_params)
+    whole = FP32_BYTES * num_weights(recipe.model_config())
     available = host_bytes() if available is None else available
     kind = recipe.strategy.kind
     if kind != "fsdp2" and whole * among.local_size > available:

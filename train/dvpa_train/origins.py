@@ -16,6 +16,7 @@ from dvpa.checkpoint.export import read_config
 from dvpa.checkpoint.shards import ShardReader
 from dvpa.config import DvpaConfig
 from dvpa.model.loading import find_problem
+from dvpa.pricing import price
 from dvpa_train.draws import draw
 from dvpa_train.slices import Index, Slice
 from dvpa_train.stacked import read_expert
@@ -26,6 +27,9 @@ class Origin(Protocol):
 
     def fill(self, slices: Mapping[str, Slice]) -> None:
         """Fill them in place."""
+
+    def describe(self) -> str:
+        """What that is, for those who wait."""
 
 
 class Source(Protocol):
@@ -55,6 +59,10 @@ class Drawn:
                 slices[name].put(first, rows)
         assert written >= set(slices), sorted(set(slices) - written)
 
+    def describe(self) -> str:
+        """See `Origin`."""
+        return f"draws {num_weights(self.config) / 1e9:.3g}B random weights"
+
 
 class Stored:
     """A checkpoint folder; only what a process holds is read.
@@ -68,7 +76,7 @@ class Stored:
         problem = find_problem(folder, read_config(folder))
         if problem is not None:
             raise ValueError(f"{folder}: {problem}")
-        self._reader = ShardReader(folder)
+        self.folder, self._reader = folder, ShardReader(folder)
 
     def read(self, name: str, index: Index) -> Tensor:
         """See `Source`."""
@@ -83,6 +91,10 @@ class Stored:
         """Copy all."""
         for name, part in slices.items():
             copy(self, name, part)
+
+    def describe(self) -> str:
+        """See `Origin`."""
+        return f"reads {self.folder}"
 
 
 @dataclass(frozen=True)
@@ -105,6 +117,16 @@ class Resumed:
 
     def fill(self, slices: Mapping[str, Slice]) -> None:
         """Leave them."""
+
+    def describe(self) -> str:
+        """See `Origin`."""
+        return "reads its last checkpoint"
+
+
+def num_weights(config: DvpaConfig) -> int:
+    """Weights of a model of `config`."""
+    priced = price(config)
+    return priced.total_params + priced.mtp_params
 
 
 def copy(source: Source, name: str, part: Slice, num_experts: int | None = None) -> None:

@@ -210,6 +210,9 @@ class Run:
         teacher = None
         if self.tuning is not None:
             stage, teacher = self.tuning.stage(stage), self.tuning.teacher(stage, start.model)
+        origin = Resumed() if found and start.origin else start.origin
+        if origin is not None:
+            self.console.print(f"{stage.name:<13} {origin.describe()}", soft_wrap=True)
         first_step = sum(s.steps for s in recipe.stages[:index])
         module = TierModule(
             start.model.train(),
@@ -221,7 +224,7 @@ class Run:
             recipe.guard,
             MtpSchedule(*recipe.mtp_weights(), first_step, sum(s.steps for s in recipe.stages)),
             teacher,
-            Resumed() if found and start.origin else start.origin,
+            origin,
         )
         checkpoints = Checkpoints(
             folder,
