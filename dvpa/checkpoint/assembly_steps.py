@@ -198,7 +198,7 @@ class StepRunner:
         written = None
         if out is not None:
             wide = -(-columns // BLOCK)
-            whole = self._scratch.take("out scale", self._scale_bytes(step)).view(np.float32)
+            whole = self._scratch.take("out scale", self._scale_bytes(step), np.float32)
             written = (out[:size].reshape(-1, columns), whole.reshape(-1, wide)[first:last])
         return combine_fp8(rows, bands, self._base, self._plan.rule(step).shares, written)
 

@@ -6,6 +6,7 @@ rounded once, to nearest even. FP8 with block scales is `dvpa.checkpoint.interpo
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +24,18 @@ class Scratch:
 
     def __init__(self) -> None:
         self._held: dict[str, Bytes] = {}
+        self._views: dict[tuple[str, int, Any], Any] = {}
 
-    def take(self, key: str, num_bytes: int) -> Bytes:
-        """The first bytes of the array called `key`, which grows when it must."""
-        held = self._held.get(key)
-        if held is None or held.size < num_bytes:
-            held = self._held[key] = np.empty(num_bytes, np.uint8)
-        return held[:num_bytes]
+    def take(self, key: str, num_bytes: int, dtype: Any = np.uint8) -> Any:
+        """The first bytes of the array called `key`, seen as `dtype`; it grows when it must."""
+        view = self._views.get((key, num_bytes, dtype))
+        if view is None:
+            held = self._held.get(key)
+            if held is None or held.size < num_bytes:
+                held = self._held[key] = np.empty(num_bytes, np.uint8)
+                self._views = {known: v for known, v in self._views.items() if known[0] != key}
+            view = self._views[key, num_bytes, dtype] = held[:num_bytes].view(dtype)
+        return view
 
 
 @dataclass(slots=True)
@@ -99,7 +105,8 @@ def _combine_lane(
     """`combine` over all elements, or over every second one of BF16."""
     wide = np.float64 if dtype == "F64" else np.float32
     centre = _widen(dtype, lane, parts[base], scratch, "centre")
-    work, total = (_array(key, centre, scratch) for key in ("work", "total"))
+    work = scratch.take("work", centre.nbytes, wide)
+    total = scratch.take("total", centre.nbytes, wide)
     is_first = True
     for i, part in parts.items():
         values = centre
@@ -120,10 +127,6 @@ def _combine_lane(
         _narrow(dtype, lane, total, work, out)
 
 
-def _array(key: str, like: Floats, scratch: Scratch) -> Floats:
-    return scratch.take(key, like.nbytes).view(like.dtype)
-
-
 def _widen(dtype: str, lane: int, part: Bytes, scratch: Scratch, key: str) -> Floats:
     """The values as fp32 (F64: fp64); of BF16 those in the low or the high halves of words."""
     if dtype == "F64":
@@ -131,15 +134,16 @@ def _widen(dtype: str, lane: int, part: Bytes, scratch: Scratch, key: str) -> Fl
     if dtype == "F32":
         return part.view(np.float32)
     if dtype == "F16":
-        values = scratch.take(key, 2 * part.size).view(np.float32)
+        values: Floats = scratch.take(key, 2 * part.size, np.float32)
         np.copyto(values, part.view(np.float16))
         return values
-    words = scratch.take(key, part.size).view(np.uint32)
+    words = scratch.take(key, part.size, np.uint32)
     if lane == 0:
         np.left_shift(part.view(np.uint32), 16, out=words)
     else:
         np.bitwise_and(part.view(np.uint32), _HIGH, out=words)
-    return words.view(np.float32)
+    widened: Floats = scratch.take(key, part.size, np.float32)
+    return widened
 
 
 def _narrow(dtype: str, lane: int, values: Floats, work: Floats, out: Bytes) -> None:
@@ -166,9 +170,16 @@ def _narrow(dtype: str, lane: int, values: Floats, work: Floats, out: Bytes) -> 
 def _sum_of_squares(values: Floats) -> float:
     """In fp32 over short rows, in fp64 over them; not finite only if a value is not."""
     split = values.size // _ROW * _ROW
-    rows, rest = values[:split].reshape(-1, 1, _ROW), values[split:]
-    total = float(np.matmul(rows, rows.swapaxes(1, 2)).sum(dtype=np.float64))
-    total += float(np.dot(rest, rest))
+    rows, rest = values[:split].reshape(-1, _ROW), values[split:]
+    total = float(_row_products(rows).sum(dtype=np.float64)) + float(np.dot(rest, rest))
     if not np.isfinite(total):  # squares beyond fp32, perhaps
         total = float(np.square(values.astype(np.float64)).sum())
     return total
+
+
+def _row_products(rows: Floats) -> Floats:
+    """Each row's product with itself."""
+    if hasattr(np, "vecdot"):  # NumPy 2
+        products: Floats = np.vecdot(rows, rows)
+        return products
+    return np.matmul(rows[:, None], rows[:, :, None])
