@@ -42,15 +42,18 @@ class Scratch:
 class Sums:
     """Sums of squares over a tensor or a part of it.
 
-    `differences[i]` is of parent i minus the base (0 where it was not read), `base` of the base.
+    `differences[i]` is of parent i minus the base (0 where it was not read), `base` of the base;
+    `is_equal`: all parents that were read hold the same bytes.
     """
 
     differences: list[float]
-    base: float
+    base: float = 0.0
+    is_equal: bool = False
 
     def add(self, other: "Sums") -> None:
         """Take in another part."""
         self.base += other.base
+        self.is_equal = self.is_equal and other.is_equal
         for i, value in enumerate(other.differences):
             self.differences[i] += value
 
@@ -58,32 +61,40 @@ class Sums:
 def combine(
     dtype: str,
     parts: Mapping[int, Bytes],
+    ends: Sequence[int],
     base: int,
     shares: Sequence[float],
     out: Bytes | None,
     scratch: Scratch,
-) -> Sums:
-    """Write the combination of a chunk into `out` (None: compare only) and measure it.
+) -> list[Sums]:
+    """Write the combination of a chunk into `out` (None: compare only) and measure its tensors.
 
     Args:
         dtype: one of `FORMATS`.
         parts: the same chunk as bytes, padded to whole words, of the parents that matter, by
             their index and in its order.
+        ends: where each tensor of the chunk ends; all but the last at a whole word.
         base: index of the base, which differences are taken from; always among the parts.
         shares: of every parent.
         out: as long as the parts.
 
-    Where all parts are the same bytes, so is the result. A difference is not finite if a value
-    of the chunk is not; what `out` holds then means nothing.
+    A tensor that is the same bytes in all parts is so in the result. A difference is not finite if
+    a value of the tensor is not; what `out` holds then means nothing.
     """
-    sums = Sums([0.0] * len(shares), 0.0)
+    sums = [Sums([0.0] * len(shares)) for _ in ends]
     with np.errstate(all="ignore"):
         for lane in range(2 if dtype == "BF16" else 1):
-            _combine_lane(dtype, lane, parts, base, shares, out, scratch, sums)
-    if not any(0 < value < np.inf for value in sums.differences) and are_equal(parts, base):
-        sums.differences = [0.0] * len(shares)
-        if out is not None:
-            out[:] = parts[base]
+            _combine_lane(dtype, lane, parts, ends, base, shares, out, scratch, sums)
+    start = 0
+    for end, found in zip(ends, sums, strict=True):
+        if not any(0 < value < np.inf for value in found.differences):
+            held = {i: part[start:end] for i, part in parts.items()}
+            found.is_equal = are_equal(held, base)
+        if found.is_equal:
+            found.differences = [0.0] * len(shares)
+            if out is not None:
+                out[start:end] = parts[base][start:end]
+        start = end
     return sums
 
 
@@ -96,24 +107,28 @@ def _combine_lane(
     dtype: str,
     lane: int,
     parts: Mapping[int, Bytes],
+    ends: Sequence[int],
     base: int,
     shares: Sequence[float],
     out: Bytes | None,
     scratch: Scratch,
-    sums: Sums,
+    sums: Sequence[Sums],
 ) -> None:
     """`combine` over all elements, or over every second one of BF16."""
     wide = np.float64 if dtype == "F64" else np.float32
     centre = _widen(dtype, lane, parts[base], scratch, "centre")
     work = scratch.take("work", centre.nbytes, wide)
     total = scratch.take("total", centre.nbytes, wide)
+    # Of a chunk's last bytes and its padding, only whole elements lie in the lane.
+    cuts = [0, *(end * centre.size // parts[base].size for end in ends[:-1]), centre.size]
     is_first = True
     for i, part in parts.items():
         values = centre
         if i != base:
             values = _widen(dtype, lane, part, scratch, "values")
             np.subtract(values, centre, out=work)
-            sums.differences[i] += _sum_of_squares(work)
+            for place, found in enumerate(sums):
+                found.differences[i] += _sum_of_squares(work[cuts[place] : cuts[place + 1]])
         if out is None or not shares[i]:
             continue
         if is_first:
@@ -122,7 +137,8 @@ def _combine_lane(
             np.multiply(values, wide(shares[i]), out=work)
             np.add(total, work, out=total)
         is_first = False
-    sums.base += _sum_of_squares(centre)
+    for place, found in enumerate(sums):
+        found.base += _sum_of_squares(centre[cuts[place] : cuts[place + 1]])
     if out is not None:
         _narrow(dtype, lane, total, work, out)
 
