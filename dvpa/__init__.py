@@ -21,6 +21,7 @@ _EXPORTS = {
     "DvpaForCausalLM": "dvpa.model",
     "DvpaModel": "dvpa.model",
     "answer": "dvpa.model",
+    "assemble": "dvpa.checkpoint.assemble",
     "export_tier": "dvpa.checkpoint",
     "Engine": "dvpa.engine",
     "EngineConfig": "dvpa.engine",

@@ -97,7 +97,8 @@ class Values:
         size = torch.Size(shape).numel()
         start = seed * 7_919 % (self._pool.numel() // 2)
         repeats = -(-(start + size) // self._pool.numel())
-        return self._pool.repeat(repeats)[start : start + size].view(shape)
+        pool = self._pool.repeat(repeats) if repeats > 1 else self._pool
+        return pool[start : start + size].view(shape)
 
 
 def tensors_of(

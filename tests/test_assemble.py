@@ -15,8 +15,10 @@ from assembly_world import edit, formula, load, same, save, weights, write_recip
 from torch import Tensor
 
 from dvpa.checkpoint.assemble import assemble, survey
+from dvpa.checkpoint.assembly_plan import plan_assembly
 from dvpa.checkpoint.fp8 import dequantise
 from dvpa.checkpoint.headers import INDEX_FILE, raw_header
+from dvpa.checkpoint.recipe import load_recipe
 from dvpa.checkpoint.tensor_class import place_of
 from dvpa.cli import main
 
@@ -89,6 +91,27 @@ def test_parents_may_be_cut_into_shards_differently(tmp_path: Path) -> None:
     result, right = load(tmp_path / "out"), load(parents["b"])
     assert all(same(result[name], right[name]) for name in right)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 5
+
+
+def test_neighbours_are_combined_together_where_they_are_neighbours_everywhere(
+    tmp_path: Path,
+) -> None:
+    parents = {
+        "a": save(tmp_path / "a", weights(0), shards=3),
+        "b": save(tmp_path / "b", weights(1), shards=3),
+        "c": save(tmp_path / "c", weights(2), shards=2),
+    }
+    left, right, other = (load(folder) for folder in parents.values())
+    for names, partner in (("ab", right), ("ac", other)):
+        folders = {name: parents[name] for name in names}
+        rules = [{"match": "all", "lambda": {"a": 0.6, names[1]: 0.4}}]
+        recipe = write_recipe(tmp_path / f"{names}.yaml", folders, rules)
+        plan = plan_assembly(load_recipe(recipe))
+        assert sorted(i for unit in plan.units for i in unit) == list(range(77))
+        assert (len(plan.units) < 20) == (names == "ab")
+        assemble(recipe, tmp_path / names)
+        result = load(tmp_path / names)
+        assert all(same(result[n], formula([0.6, 0.4], [left[n], partner[n]])) for n in left)
 
 
 @pytest.mark.parametrize("taken", ["a", "b"])
@@ -246,7 +269,8 @@ def test_whatever_the_chunks_the_result_is_the_same(
         recipe = write_recipe(tmp_path / f"{kind}.yaml", folders, [MIX], delta=1e-9)
         assemble(recipe, tmp_path / kind)
         with monkeypatch.context() as patch:
-            patch.setattr("dvpa.checkpoint.assembly_steps.CHUNK_BYTES", 1000)
+            for module in ("assembly_steps", "assembly_plan"):
+                patch.setattr(f"dvpa.checkpoint.{module}.CHUNK_BYTES", 1000)
             assemble(recipe, tmp_path / f"{kind}_small", threads=3)
         left, right = load(tmp_path / kind), load(tmp_path / f"{kind}_small")
         assert all(same(left[name], right[name]) for name in left)

@@ -28,8 +28,8 @@ def run(
 ) -> tuple[Tensor, Sums]:
     parts = {i: padded(t) for i, t in enumerate(tensors) if i == base or shares[i]}
     out = np.empty_like(parts[base])
-    sums = combine(dtype, parts, base, shares, out, Scratch())
     size = tensors[0].numel() * tensors[0].itemsize
+    (sums,) = combine(dtype, parts, [size], base, shares, out, Scratch())
     return torch.from_numpy(out[:size]).view(tensors[0].dtype), sums
 
 
@@ -62,6 +62,34 @@ def test_any_parents_any_shares(dtype: str, count: int, size: int, power: int, s
         else:
             assert sums.differences[i] == 0
     assert sums.base == pytest.approx(float(tensors[base].double().square().sum()), rel=1e-4)
+
+
+@settings(max_examples=40)
+@given(
+    dtype=st.sampled_from(list(DTYPES)),
+    sizes=st.lists(st.sampled_from([4, 8, 100, 8192, 9000]), min_size=1, max_size=5),
+    seed=st.integers(0, 10_000),
+)
+def test_tensors_side_by_side_are_as_each_alone(dtype: str, sizes: list[int], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [
+        [torch.randn(size, generator=generator).to(DTYPES[dtype]) for size in sizes]
+        for _ in range(2)
+    ]
+    equal = seed % len(sizes)
+    drawn[1][equal] = drawn[0][equal].clone()
+    whole = [torch.cat(each) for each in drawn]
+    ends = (np.cumsum(sizes) * whole[0].itemsize).tolist()
+    out = np.empty(whole[0].nbytes, np.uint8)
+    parts = {i: padded(tensor) for i, tensor in enumerate(whole)}
+    together = combine(dtype, parts, ends, 1, [0.1, 0.9], out, Scratch())
+    results = torch.from_numpy(out).view(whole[0].dtype).split(sizes)
+    for i, (left, right) in enumerate(zip(*drawn, strict=True)):
+        alone, sums = run(dtype, [left, right], [0.1, 0.9], base=1)
+        assert bits(results[i]).equal(bits(alone))
+        assert together[i].is_equal == sums.is_equal == (i == equal)
+        assert together[i].differences[0] == pytest.approx(sums.differences[0], rel=1e-5)
+        assert together[i].base == pytest.approx(sums.base, rel=1e-5)
 
 
 def test_every_bf16_and_the_rounding_of_ties() -> None:
@@ -105,5 +133,6 @@ def test_squares_beyond_fp32_are_still_counted() -> None:
 
 def test_a_tiny_difference_is_no_equality() -> None:
     tensors = [torch.tensor([value], dtype=torch.float32) for value in (1e-30, 2e-30)]
-    result, _ = run("F32", tensors, [0.5, 0.5])
+    result, sums = run("F32", tensors, [0.5, 0.5])
+    assert not sums.is_equal
     assert result.item() == pytest.approx(1.5e-30)

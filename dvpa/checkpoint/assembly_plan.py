@@ -19,6 +19,8 @@ from dvpa.checkpoint.tensor_class import Place, place_of
 SCALE_SUFFIX = "_scale_inv"
 BLOCK = 128
 FP8 = "F8_E4M3"
+CHUNK_BYTES = 1 << 20  # what is read and combined at a time
+WORD = 8
 _IGNORED_FIELDS = ("_name_or_path", "transformers_version", "auto_map")
 
 
@@ -105,7 +107,7 @@ def plan_assembly(recipe: Recipe) -> Plan:
         + f"); {recipe.base}'s is kept"
         for key, values in differences.items()
     ]
-    units = _units(steps, recipe)
+    units = _units(steps, recipe, parents)
     return Plan(recipe, parents, steps, units, base_config, differences, tuple(warnings))
 
 
@@ -189,15 +191,44 @@ def can_combine(step: Step) -> bool:
     return step.info.dtype in FORMATS or step.scale is not None
 
 
-def _units(steps: tuple[Step, ...], recipe: Recipe) -> tuple[tuple[int, ...], ...]:
-    """Steps one by one, but an expert's together where a threshold is about the expert."""
+def _units(
+    steps: tuple[Step, ...], recipe: Recipe, parents: tuple[ShardHeaders, ...]
+) -> tuple[tuple[int, ...], ...]:
+    """Steps one by one, but an expert's together where a threshold is about the expert, and small
+    tensors together that will be combined alike and lie one after the other everywhere.
+    """
     units: dict[Any, list[int]] = {}
+    previous: Any = None
     for i, step in enumerate(steps):
+        rule = recipe.rules[step.rule]
         key: Any = i
-        if step.place.expert is not None and recipe.rules[step.rule].expert_delta > 0:
+        if rule.expert_delta > 0 and step.place.expert is not None:
             key = (step.place.layer, step.place.expert, step.rule)
+        elif previous in units:
+            unit = [steps[k] for k in units[previous]]
+            if _goes_on(unit, step, rule, parents):
+                key = previous
         units.setdefault(key, []).append(i)
+        previous = key
     return tuple(tuple(unit) for unit in units.values())
+
+
+def _goes_on(unit: list[Step], step: Step, rule: Rule, parents: tuple[ShardHeaders, ...]) -> bool:
+    """Whether a step can be combined in one chunk with those before it."""
+    first, last = unit[0], unit[-1]
+    is_alike = (step.rule, step.info.dtype, step.scale) == (first.rule, first.info.dtype, None)
+    is_mixed = sum(share > 0 for share in rule.shares) > 1
+    has_limit = rule.delta > 0 or rule.expert_delta > 0
+    if not is_alike or first.scale is not None or not is_mixed or has_limit:
+        return False
+    sizes = [each.info.num_bytes for each in unit]
+    if sum(sizes) + step.info.num_bytes > CHUNK_BYTES or any(size % WORD for size in sizes):
+        return False
+    for parent in parents:
+        (file, offset), (before, start) = parent.locate(step.name), parent.locate(last.name)
+        if file != before or offset != start + last.info.num_bytes:
+            return False
+    return True
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

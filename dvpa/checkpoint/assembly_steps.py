@@ -7,6 +7,7 @@ neither on the model's size nor on a tensor's.
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -14,11 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dvpa.checkpoint.assembly_plan import BLOCK, Plan, Step, can_combine
+from dvpa.checkpoint.assembly_plan import BLOCK, CHUNK_BYTES, Plan, Step, can_combine
 from dvpa.checkpoint.interpolate import PAD, Bytes, Scratch, Sums, are_equal, combine
 from dvpa.checkpoint.shard_files import ShardFiles
 
-CHUNK_BYTES = 1 << 20
 MERGED, COPIED, KEPT, EQUAL = "merged", "copied", "kept", "equal"
 ACTIONS = {
     MERGED: "combined from several parents",
@@ -106,8 +106,8 @@ class StepRunner:
             return [self._copy(step, Outcome(COPIED, self._base)) for step in steps]
         is_mixed = len(sources) > 1
         has_limit = rule.delta > 0 or (rule.expert_delta > 0 and steps[0].place.expert is not None)
-        if is_mixed and not has_limit and self._files is not None:
-            return [self._merge(step, sources) for step in steps]
+        if is_mixed and not has_limit:
+            return self._merge(steps, sources)
         if not (has_limit or self._compare_all or is_mixed):
             return [self._copy(step, Outcome(COPIED, sources[0])) for step in steps]
         sums = [self._measure(step, sources) for step in steps]
@@ -123,19 +123,17 @@ class StepRunner:
             parent = self._base if self._is_same(step, sources) else sources[0]
             return self._copy(step, Outcome(EQUAL if parent == self._base else COPIED, parent))
         difference, relative = _difference([step], [sums]), _relative(sums)
-        if difference == 0 or is_small or difference < self._plan.rule(step).delta:
-            action = EQUAL if difference == 0 else KEPT
+        if sums.is_equal or is_small or difference < self._plan.rule(step).delta:
+            action = EQUAL if sums.is_equal else KEPT
             return self._copy(step, Outcome(action, self._base, difference, relative))
         if len(sources) == 1:
             return self._copy(step, Outcome(COPIED, sources[0], difference, relative))
-        if self._files is None:
-            return Outcome(MERGED, None, difference, relative)
-        return self._merge(step, sources)
+        return self._merge([step], sources)[0]
 
     def _copy(self, step: Step, outcome: Outcome) -> Outcome:
         if self._files is not None:
             assert outcome.parent is not None
-            for start, size in _chunks(step):
+            for start, size in _chunks(step, step.info.num_bytes):
                 part = self._load(outcome.parent, step.name, start, size)
                 self._files.write(step.name, start, part.data[:size])
             if step.scale is not None:
@@ -146,39 +144,45 @@ class StepRunner:
 
     def _measure(self, step: Step, sources: Sequence[int]) -> Sums | None:
         """Sums over a tensor; None where its values cannot be computed with."""
-        return self._combine(step, sources, False)[0] if can_combine(step) else None
+        return self._combine([step], sources, False)[0] if can_combine(step) else None
 
-    def _merge(self, step: Step, sources: Sequence[int]) -> Outcome:
-        sums, is_equal = self._combine(step, sources, True)
-        difference, relative = _difference([step], [sums]), _relative(sums)
-        if is_equal:
-            return Outcome(EQUAL, self._base, 0.0, relative)
-        return Outcome(MERGED, None, difference, relative)
+    def _merge(self, steps: Sequence[Step], sources: Sequence[int]) -> list[Outcome]:
+        outcomes = []
+        for step, sums in zip(
+            steps, self._combine(steps, sources, self._files is not None), strict=True
+        ):
+            action, parent = (EQUAL, self._base) if sums.is_equal else (MERGED, None)
+            difference = _difference([step], [sums])
+            outcomes.append(Outcome(action, parent, difference, _relative(sums)))
+        return outcomes
 
-    def _combine(self, step: Step, sources: Sequence[int], write: bool) -> tuple[Sums, bool]:
-        """Sums over a tensor, and whether all parents hold the same bytes."""
+    def _combine(self, steps: Sequence[Step], sources: Sequence[int], write: bool) -> list[Sums]:
+        """Sums of a tensor, or of several that lie one after the other in one chunk."""
         needed = sorted({self._base, *sources})
-        total = Sums([0.0] * len(self._plan.parents), 0.0)
-        is_equal = True
-        whole_scales = self._scales(step, needed)
-        for start, size in _chunks(step):
-            parts = self._parts(step, start, size, needed)
+        first, shares = steps[0], self._plan.rule(steps[0]).shares
+        totals = [Sums([0.0] * len(shares), is_equal=True) for _ in steps]
+        scales = self._scales(first, needed)
+        ends = list(accumulate(step.info.num_bytes for step in steps))
+        for start, size in _chunks(first, ends[-1]):
+            parts = {i: self._load(i, first.name, start, size) for i in needed}
             out = self._scratch.take("out", parts[self._base].nbytes) if write else None
-            shares = self._plan.rule(step).shares
-            if step.scale is None:
-                sums = combine(step.info.dtype, parts, self._base, shares, out, self._scratch)
+            if first.scale is not None:
+                found = [self._combine_fp8(first, start, size, parts, scales, out)]
             else:
-                sums = self._combine_fp8(step, start, size, parts, whole_scales, out)
-            if not np.isfinite(sums.differences).all():
-                raise ValueError(f"{self._where(step, sums)}: {step.name}: not finite")
-            is_equal = is_equal and not any(sums.differences)
-            total.add(sums)
+                cuts = ends if len(steps) > 1 else [size]
+                found = combine(
+                    first.info.dtype, parts, cuts, self._base, shares, out, self._scratch
+                )
+            for step, total, sums in zip(steps, totals, found, strict=True):
+                if not np.isfinite(sums.differences).all():
+                    raise ValueError(f"{self._blamed(sums)}: {step.name}: not finite")
+                total.add(sums)
             if out is not None and self._files is not None:
-                self._files.write(step.name, start, out.data[:size])
-        if write and step.scale is not None and self._files is not None:
-            scale = self._scratch.take("out scale", self._scale_bytes(step))
-            self._files.write(step.scale, 0, scale.data)
-        return total, is_equal
+                self._files.write(first.name, start, out.data[:size])
+        if write and first.scale is not None and self._files is not None:
+            scale = self._scratch.take("out scale", self._scale_bytes(first))
+            self._files.write(first.scale, 0, scale.data)
+        return totals
 
     def _combine_fp8(
         self,
@@ -198,7 +202,7 @@ class StepRunner:
         written = None
         if out is not None:
             wide = -(-columns // BLOCK)
-            whole = self._scratch.take("out scale", self._scale_bytes(step)).view(np.float32)
+            whole = self._scratch.take("out scale", self._scale_bytes(step), np.float32)
             written = (out[:size].reshape(-1, columns), whole.reshape(-1, wide)[first:last])
         return combine_fp8(rows, bands, self._base, self._plan.rule(step).shares, written)
 
@@ -218,9 +222,6 @@ class StepRunner:
         assert step.scale is not None
         return self._plan.base.tensors[step.scale].num_bytes
 
-    def _parts(self, step: Step, start: int, size: int, needed: Sequence[int]) -> dict[int, Bytes]:
-        return {parent: self._load(parent, step.name, start, size) for parent in needed}
-
     def _load(self, parent: int, name: str, start: int, size: int) -> Bytes:
         """A chunk of a parent, padded with zeros; read again only if it is not here already."""
         padded = -(-size // PAD) * PAD
@@ -236,20 +237,20 @@ class StepRunner:
         """Whether the parents hold the same bytes."""
         needed = sorted({self._base, *sources})
         return all(
-            are_equal(self._parts(step, start, size, needed), self._base)
-            for start, size in _chunks(step)
+            are_equal({i: self._load(i, step.name, start, size) for i in needed}, self._base)
+            for start, size in _chunks(step, step.info.num_bytes)
         )
 
-    def _where(self, step: Step, sums: Sums) -> Path:
+    def _blamed(self, sums: Sums) -> Path:
         """The parent to blame for a difference that is not finite."""
         wrong = [i for i, value in enumerate(sums.differences) if not math.isfinite(value)]
         only_base = not math.isfinite(sums.base)
         return self._plan.parents[self._base if only_base else wrong[0]].folder
 
 
-def _chunks(step: Step) -> Iterator[tuple[int, int]]:
-    """(start, size) in bytes; FP8 in whole rows of blocks."""
-    total, size = step.info.num_bytes, CHUNK_BYTES
+def _chunks(step: Step, total: int) -> Iterator[tuple[int, int]]:
+    """(start, size) in bytes of a tensor, and of those after it; FP8 in whole rows of blocks."""
+    size = CHUNK_BYTES
     if step.scale is not None:
         band = step.info.shape[1] * BLOCK
         size = max(1, CHUNK_BYTES // max(band, 1)) * band

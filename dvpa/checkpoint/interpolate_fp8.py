@@ -29,11 +29,12 @@ def combine_fp8(
         scales: fp32 [ceil(rows / 128), ceil(columns / 128)] of the same.
         out: codes and scales to write, shaped like the parents' (None: compare only).
     """
-    sums = Sums([0.0] * len(shares), 0.0)
+    sums = Sums([0.0] * len(shares))
     centre = _weight(codes[base], scales[base])
     sums.base = _sum_of_squares(centre)
     bits = {i: scale.view(np.uint8) for i, scale in scales.items()}
     if are_equal(codes, base) and are_equal(bits, base):
+        sums.is_equal = True
         if out is not None:
             out[0][:], out[1][:] = codes[base], scales[base]
         return sums
