@@ -182,7 +182,7 @@ def test_a_failing_contender_is_a_row_with_its_reason(
     def late(inputs: Any) -> Callable[[], torch.Tensor]:
         def call() -> torch.Tensor:
             calls.append(1)
-            if len(calls) > 4:
+            if len(calls) > 3:  # in the second counted round, which even slow ones have
                 raise RuntimeError("gone\nsecond line")
             return known["grouped_mm"](inputs)()
 
