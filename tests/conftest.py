@@ -22,6 +22,27 @@ hypothesis.settings.load_profile("dvpa")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+# Each of these starts several processes for one test: one such test at a time.
+MANY_PROCESSES = (
+    "test_faults",
+    "test_finetune_parallel",
+    "test_launchers",
+    "test_logs",
+    "test_nodes",
+    "test_parallel",
+    "test_start_memory",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under pytest-xdist, a file's tests go to one process: they share what is costly to make."""
+    for item in items:
+        name = item.path.stem
+        group = "many processes" if name in MANY_PROCESSES else name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     """The folder of real inputs: $DVPA_DATA, else `shared/data` beside the repository."""

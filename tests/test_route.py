@@ -105,7 +105,9 @@ def assert_routed(
         assert index[t, count:].eq(len(router)).all()
         assert weight[t, count:].eq(0).all()
         assert index[t, :count].tolist() == expected
-        torch.testing.assert_close(weight[t, :count].double(), torch.tensor(weights).double())
+        # fp32 sums of up to 128 products against fp64: a few units in the last place.
+        exact = torch.tensor(weights, dtype=torch.float64)
+        torch.testing.assert_close(weight[t, :count].double(), exact, rtol=2e-6, atol=1e-7)
 
 
 @ISA
