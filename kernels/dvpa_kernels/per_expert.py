@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dvpa_kernels.routing import RowRouting
 
-BLOCK_ROWS = 512  # at most
+BLOCK_ROWS = 1024  # at most
 
 _silu = torch.ops.aten.silu.out
 _silu_backward = torch.ops.aten.silu_backward.grad_input
@@ -119,32 +119,40 @@ class _Buffers:
 
 def forward_rows(
     ops: RowOps, x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, routing: RowRouting
-) -> tuple[Tensor, Tensor]:
-    """(y [T, D], h [R, 2F]); sums over a token's experts are fp32 at least."""
+) -> tuple[Tensor, list[Tensor]]:
+    """(y [T, D], h [N, 2F] of each expert that has rows); sums over a token's experts are fp32.
+
+    h is not one tensor: memory of its size would come fresh from the system at every step, a fault
+    a page, where the pieces come from what the last step gave back.
+    """
     hidden, width = down_EDF.shape[1:]
     experts = list(_used(routing))
     scratch = _Buffers(x_TD, _largest_block(experts), hidden, width, hidden)
     x_TD = x_TD.contiguous()
-    h_R2F = x_TD.new_empty(routing.token_index.shape[0], 2 * width)
+    kept = []
     y_TD = torch.zeros_like(x_TD, dtype=_sum_dtype(x_TD))
     for expert in experts:
         up_D2F, down_FD = gate_up_E2FD[expert.number].t(), down_EDF[expert.number].t()
+        first = expert.rows.start
+        h_N2F = x_TD.new_empty(expert.rows.stop - first, 2 * width)
+        kept.append(h_N2F)
         for rows in expert.blocks:
             x_BD, act_BF, out_BD = scratch(slice(rows.stop - rows.start))
-            token_B, h_B2F = routing.token_index[rows], h_R2F[rows]
+            token_B = routing.token_index[rows]
+            h_B2F = h_N2F[rows.start - first : rows.stop - first]
             ops.gather(x_TD, token_B, x_BD)
             torch.mm(x_BD, up_D2F, out=h_B2F)
             ops.activation(h_B2F, act_BF)
             torch.mm(act_BF, down_FD, out=out_BD)
             ops.add(y_TD, token_B, out_BD, routing.weight[rows])
-    return y_TD.to(x_TD.dtype), h_R2F
+    return y_TD.to(x_TD.dtype), kept
 
 
 def backward_rows(
     ops: RowOps,
     grad_TD: Tensor,
     x_TD: Tensor,
-    h_R2F: Tensor,
+    kept: Sequence[Tensor],
     gate_up_E2FD: Tensor,
     down_EDF: Tensor,
     routing: RowRouting,
@@ -153,10 +161,9 @@ def backward_rows(
     """Gradients of x, w_gate_up, w_down and routing.weight, those in `need`."""
     hidden, width = down_EDF.shape[1:]
     experts = list(_used(routing))
-    busiest = max((e.rows.stop - e.rows.start for e in experts), default=0)
-    # What the weights' gradients sum over all rows of an expert, and what a block needs.
-    of_expert = _Buffers(x_TD, busiest, hidden, hidden, width, 2 * width)
-    scratch = _Buffers(x_TD, _largest_block(experts), width, hidden)
+    scratch = _Buffers(
+        x_TD, _largest_block(experts), hidden, hidden, width, width, 2 * width, hidden
+    )
     x_TD = x_TD.contiguous()
     grad_TD = grad_TD.contiguous()  # `.sum()` sends an expanded scalar
     d_x, d_gate_up, d_down = (
@@ -166,26 +173,26 @@ def backward_rows(
     if d_x is not None:
         d_x = d_x.to(_sum_dtype(x_TD))
     d_weight = torch.empty_like(routing.weight)
-    for expert in experts:
+    for expert, h_N2F in zip(experts, kept, strict=True):
         gate_up_2FD, down_DF = gate_up_E2FD[expert.number], down_EDF[expert.number]
         first = expert.rows.start
         for rows in expert.blocks:
-            x_BD, grad_BD, act_BF, d_h_B2F = of_expert(slice(rows.start - first, rows.stop - first))
-            d_act_BF, d_x_BD = scratch(slice(rows.stop - rows.start))
-            token_B = routing.token_index[rows]
+            x_BD, grad_BD, act_BF, d_act_BF, d_h_B2F, d_x_BD = scratch(
+                slice(rows.stop - rows.start)
+            )
+            h_B2F = h_N2F[rows.start - first : rows.stop - first]
+            token_B, weight_B = routing.token_index[rows], routing.weight[rows]
             ops.gather(grad_TD, token_B, grad_BD)
             torch.mm(grad_BD, down_DF, out=d_act_BF)
-            ops.slope(h_R2F[rows], d_act_BF, routing.weight[rows], act_BF, d_h_B2F, d_weight[rows])
+            ops.slope(h_B2F, d_act_BF, weight_B, act_BF, d_h_B2F, d_weight[rows])
+            if d_down is not None:
+                d_down[expert.number].addmm_(grad_BD.t(), act_BF)
             if d_gate_up is not None:
                 ops.gather(x_TD, token_B, x_BD)
+                d_gate_up[expert.number].addmm_(d_h_B2F.t(), x_BD)
             if d_x is not None:
                 torch.mm(d_h_B2F, gate_up_2FD, out=d_x_BD)
                 ops.add(d_x, token_B, d_x_BD, None)
-        x_ND, grad_ND, act_NF, d_h_N2F = of_expert(slice(expert.rows.stop - first))
-        if d_gate_up is not None:
-            torch.mm(d_h_N2F.t(), x_ND, out=d_gate_up[expert.number])
-        if d_down is not None:
-            torch.mm(grad_ND.t(), act_NF, out=d_down[expert.number])
     d_x = None if d_x is None else d_x.to(x_TD.dtype)
     return d_x, d_gate_up, d_down, d_weight if need[3] else None
 
@@ -217,17 +224,19 @@ class MoeMlpPerExpert(torch.autograd.Function):
         ctx: Any, ops: RowOps, x: Tensor, w_gate_up: Tensor, w_down: Tensor, *columns: Tensor
     ) -> Tensor:
         """As `moe_mlp`; the columns of a routing without padding."""
-        ctx.ops = ops
-        y, h = forward_rows(ops, x, w_gate_up, w_down, RowRouting.of_columns(columns, x.shape[0]))
-        ctx.save_for_backward(x, h, w_gate_up, w_down, *columns)
+        routing = RowRouting.of_columns(columns, x.shape[0])
+        y, kept = forward_rows(ops, x, w_gate_up, w_down, routing)
+        ctx.ops, ctx.used = ops, len(kept)
+        ctx.save_for_backward(x, w_gate_up, w_down, *columns, *kept)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """As `backward_rows`."""
-        x, h, w_gate_up, w_down, *columns = ctx.saved_tensors
+        x, w_gate_up, w_down, *rest = ctx.saved_tensors
+        columns, kept = rest[: -ctx.used or None], rest[len(rest) - ctx.used :]
         routing = RowRouting.of_columns(columns, x.shape[0])
         need = ctx.needs_input_grad[1:5]
-        found = backward_rows(ctx.ops, grad, x, h, w_gate_up, w_down, routing, need)
+        found = backward_rows(ctx.ops, grad, x, kept, w_gate_up, w_down, routing, need)
         return (None, *found, None, None, None, None)
