@@ -5,16 +5,17 @@ from typing import Any
 
 NAMES = {
     "dvpa": "dvpa, top tier alone",
-    "transformers": "Transformers' Trainer, the same tier",
+    "transformers eager": "Transformers' Trainer, the same tier, eager",
+    "transformers grouped_mm": "Transformers' Trainer, the same tier, grouped_mm",
     "dvpa joint": "dvpa, joint step: top tier and a lower one",
 }
 
 
 def training_part(result: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
     """(text, head, rows) of `scripts/bench_training.py`."""
-    tried = "; ".join(
-        f"{name} {found:.2f} s a step" if isinstance(found, float) else f"{name}: {found}"
-        for name, found in result["experts_seconds"].items()
+    unusable = "".join(
+        f" `{name}` does not train: {reason}."
+        for name, reason in result["experts_unusable"].items()
     )
     ours, theirs = result["first_losses"]
     text = (
@@ -23,10 +24,9 @@ def training_part(result: Mapping[str, Any]) -> tuple[str, list[str], list[list[
         f"{result['length']} tokens a step, {result['precision']}, {result['device']}, "
         f"{result['threads']} thread(s); medians of {result['rounds']} interleaved rounds of "
         f"{result['steps']} steps. Same weights, tokens, labels, fused AdamW and clipping in the "
-        f"first two rows; first losses {ours:.5f} and {theirs:.5f}. Transformers' implementations "
-        f"of the experts, timed before: {tried}; the table has "
-        f"`{result['experts_implementation']}`. **{result['ratio']['tokens_per_second']:.2f}x** "
-        f"Transformers' tokens per second of wall time, "
+        f"rows but the last; first losses {ours:.5f} and {theirs:.5f}.{unusable} Against the "
+        f"faster of Transformers' implementations, `{result['experts_implementation']}`: "
+        f"**{result['ratio']['tokens_per_second']:.2f}x** the tokens per second of wall time, "
         f"**{result['ratio']['tokens_per_cpu_second']:.2f}x** of CPU time. The joint step runs "
         "every example twice and distils; its tokens are cheaper, since lower tiers activate less."
     )

@@ -28,15 +28,16 @@ def test_it_measures_what_its_page_says(tmp_path: Path) -> None:
     ours, theirs = result["first_losses"]
     assert ours == pytest.approx(theirs, rel=1e-4)
     rows = result["rows"]
-    assert set(rows) == {"dvpa", "transformers", "dvpa joint"}
-    assert rows["dvpa"]["tokens_per_step"] == rows["transformers"]["tokens_per_step"] == 4 * 16
+    peer = f"transformers {result['experts_implementation']}"
+    assert set(rows) == {"dvpa", "transformers eager", "transformers grouped_mm", "dvpa joint"}
+    assert rows["dvpa"]["tokens_per_step"] == rows[peer]["tokens_per_step"] == 4 * 16
     # Equal work: our own count of FLOPs is the one that the peer is given.
-    assert rows["dvpa"]["flops_per_step"] == pytest.approx(rows["transformers"]["flops_per_step"])
+    assert rows["dvpa"]["flops_per_step"] == pytest.approx(rows[peer]["flops_per_step"])
     assert rows["dvpa joint"]["tokens_per_step"] == 2 * 4 * 16
-    assert result["experts_implementation"] in result["experts_seconds"]
+    assert rows[peer]["step_seconds"] <= rows["transformers eager"]["step_seconds"]
     text, head, lines = training_page.training_part(result)
     assert f"{result['ratio']['tokens_per_second']:.2f}x" in text
-    assert len(lines) == 3 and all(len(line) == len(head) for line in lines)
+    assert len(lines) == 4 and all(len(line) == len(head) for line in lines)
 
 
 def test_our_labels_are_the_peers() -> None:
