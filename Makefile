@@ -19,7 +19,7 @@ NO_MODEL := layering packaging calibrate policy report routing tier_map \
     cpu_build cpu_kernel decode_layer dense_ops gpu_kernel latent_attention metrics route \
     triton_aot triton_kernel \
     bench_server checkpoints faults launchers scaling_docs server_config server_drift server_metrics server_telemetry \
-    assemble assemble_failures bench_training checkpoint_fp8 headers interpolate load_figure loggers \
+    assemble assemble_failures assemble_kills assemble_report bench_training checkpoint_fp8 headers interpolate load_figure loggers \
     nodes per_expert recipe reliability
 FLOOR_TESTS = $(filter-out $(NO_MODEL:%=tests/test_%.py),$(wildcard tests/test_*.py))
 INPUTS := pyproject.toml requirements/cpu.txt
