@@ -126,8 +126,8 @@ def _differences(report: Mapping[str, Any]) -> str:
         return "<section><h2>Differences</h2><p class=note>Nothing was compared.</p></section>"
     return (
         f"<section><h2>Differences</h2><div class=scroll>{svg}</div><p class=note>"
-        "|| W - W_base || / sqrt(numel) per tensor, of the parent that differs most among those that "
-        "share in it; each row has its own height. Equal tensors are left out.</p></section>"
+        "|| W - W_base || / sqrt(numel) per tensor, of the parent that differs most among those "
+        "that share in it; each row has its own height. Equal tensors are left out.</p></section>"
     )
 
 
