@@ -1,13 +1,15 @@
 """`dvpa assemble` beside mergekit and the disk, on synthetic parents; memory by size of the model.
 
     python scripts/bench_assemble.py --mergekit VENV/bin/mergekit-yaml [--parents DIR] [--work DIR]
-        [--rounds 3] [--sizes] [--out docs/benchmarks/assemble.json]
+        [--rounds 3] [--parts merge fp8 sizes] [--out docs/benchmarks/assemble.json]
 
-Every round, one after the other: dd reads the parents and writes as much as the result (that
-minute's disk bound), dvpa and mergekit merge 0.6 A + 0.4 B. Each contender is a process of its own;
-its wall and CPU time, and its anonymous memory, sampled every 10 ms, are those of the whole
-command. Without --mergekit it is left out, and said so. --sizes adds parents of 8 GB (26 GB of
-disk), once with more and once with larger tensors. Everything made in --work is removed again.
+merge: every round, one after the other: dd reads the parents and writes and syncs as much as the
+result (that minute's disk bound), then dvpa or mergekit merges 0.6 A + 0.4 B. Each contender is a
+process of its own; its wall and CPU time, and its anonymous memory, sampled every 10 ms, are those
+of the whole command. Without --mergekit it is left out, and said so. fp8: DeepSeek-V3's format
+against the exact interpolation. sizes: the memory of parents of 1 GB and of 8 GB (26 GB of disk),
+these once with more and once with larger tensors. Parts that are not asked for keep their place in
+--out. Everything made in --work is removed again.
 """
 
 import argparse
@@ -34,6 +36,13 @@ from dvpa.evaluate.report import describe_environment
 SHARES = (0.6, 0.4)
 SAMPLE_S = 0.01
 SCALE = "_scale_inv"
+PARTS = ("merge", "fp8", "sizes")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+MERGEKIT: dict[str, tuple[list[str], dict[str, str]]] = {
+    "mergekit": ([], {}),
+    "mergekit, one thread, shards of 100M": (["--out-shard-size", "100M"], ONE_THREAD),
+    "mergekit, one thread, asynchronous": (["--async-write"], ONE_THREAD),
+}
 SIZES = {
     "1 GB": {},
     "8 GB, more tensors": {"layers": 102},
@@ -103,8 +112,10 @@ def dvpa(parents: Path, work: Path) -> dict[str, float]:
     return run([sys.executable, "-m", "dvpa", "assemble", str(file), str(out)])
 
 
-def mergekit(program: str, parents: Path, work: Path, options: list[str]) -> dict[str, float]:
-    """One merge by mergekit, as recommended in its own documentation for little memory."""
+def mergekit(
+    program: str, parents: Path, work: Path, options: list[str], **variables: str
+) -> dict[str, float]:
+    """One merge by mergekit, its result left in WORK/mergekit."""
     out = work / "mergekit"
     shutil.rmtree(out, ignore_errors=True)
     models = [
@@ -115,7 +126,8 @@ def mergekit(program: str, parents: Path, work: Path, options: list[str]) -> dic
     (work / "mergekit.yaml").write_text(yaml.safe_dump(data))
     command = [program, str(work / "mergekit.yaml"), str(out), "--lazy-unpickle"]
     command += ["--no-copy-tokenizer", "--quiet", *options]
-    return run(command, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    variables |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": ""}
+    return run(command, **variables)
 
 
 def start_up(work: Path) -> float:
@@ -236,41 +248,48 @@ def main() -> None:
     parser.add_argument("--parents", type=Path, help="folder of parent_a and parent_b (1 GB each)")
     parser.add_argument("--work", type=Path, help="a folder on the disk to be measured")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sizes", action="store_true", help="also parents of 8 GB")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/assemble.json"))
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    result: dict[str, Any] = {"benchmark": "assemble"}
+    if arguments.out.is_file():
+        result = json.loads(arguments.out.read_text())
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
-        result = measure(arguments, Path(folder))
+        work = Path(folder)
+        if "merge" in arguments.parts:
+            result["merge"] = measure(arguments, work)
+        if "fp8" in arguments.parts:
+            result["fp8"] = fp8_case(work)
+        if "sizes" in arguments.parts:
+            result["sizes"] = memory_by_size(work)
+    result["environment"] = describe_environment()
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """All rounds, then what is measured once."""
-    torch.set_num_threads(1)
+    """Rounds of all contenders, and whether their results agree."""
     parents = arguments.parents
     if parents is None:
         parents = work / "parents"
         make_parents(parents)
     contenders = {"dvpa": lambda: dvpa(parents, work)}
     if arguments.mergekit:
-        for label, options in {
-            "mergekit, shards of 100M": ["--out-shard-size", "100M"],
-            "mergekit, asynchronous": ["--async-write"],
-        }.items():
-            contenders[label] = lambda options=options: mergekit(
-                arguments.mergekit, parents, work, options
+        for label, (options, variables) in MERGEKIT.items():
+            contenders[label] = lambda options=options, variables=variables: mergekit(
+                arguments.mergekit, parents, work, options, **variables
             )
     dvpa(parents, work)  # the parents are in the page cache from here on
-    disk: list[dict[str, float]] = []
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     for number in range(arguments.rounds):
         for name, contender in contenders.items():
-            disk.append(dd(parents, work))
-            rows[name].append(contender())
-            print(number, name, disk[-1], rows[name][-1], flush=True)
+            os.sync()  # what the last one left to be written is not this one's to wait for
+            bound = dd(parents, work)
+            rows[name].append({**contender(), **bound})
+            print(number, name, rows[name][-1], flush=True)
     reader = ShardReader(parents / "parent_a")
+    start = start_up(work)
     result: dict[str, Any] = {
-        "benchmark": "assemble",
         "parents": {
             "made_by": "make_parents.py" if arguments.parents else "scripts/assemble_parents.py",
             "tensors": len(reader.tensors),
@@ -280,26 +299,30 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "rounds": arguments.rounds,
         "rows": rows,
         "medians": {name: medians(each) for name, each in rows.items()},
-        "disk": disk,
-        "disk_medians": medians(disk),
-        "start_up_s": start_up(work),
+        "start_up_s": start,
+        "over_bound": statistics.median(
+            (row["wall_s"] - start) / row["bound_s"] for row in rows["dvpa"]
+        ),
         "exactness": exactness(parents, work / "dvpa"),
         "mergekit": None,
+        "load": os.getloadavg()[0],
     }
     if arguments.mergekit:
+        walls = {name: row["wall_s"] for name, row in result["medians"].items()}
+        ours = walls.pop("dvpa")
+        fastest = min(walls, key=lambda name: walls[name])
         result["mergekit"] = {
             "version": version_of(arguments.mergekit),
+            "fastest": fastest,
+            "times_faster": walls[fastest] / ours,
             "import_s": run(
-                [python_of(arguments.mergekit), "-c", "import mergekit.scripts.run_yaml"]
+                [python_of(arguments.mergekit), "-c", "import mergekit.scripts.run_yaml"],
+                PYTHONPATH="",
             ),
             **beside_mergekit(work / "dvpa", work / "mergekit"),
         }
         shutil.rmtree(work / "mergekit")
     shutil.rmtree(work / "dvpa")
-    result["fp8"] = fp8_case(work)
-    result["sizes"] = memory_by_size(work) if arguments.sizes else []
-    result["load"] = os.getloadavg()[0]
-    result["environment"] = describe_environment()
     return result
 
 

@@ -1,6 +1,7 @@
 """Small parents with DeepSeek-V3's names, as shards on the disk, and the fp32 formula on them."""
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -134,3 +135,9 @@ def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
         change(tensors)
         if tensors.keys() != before.keys() or any(tensors[k] is not before[k] for k in before):
             save_file(tensors, path, metadata={"format": "pt"})
+
+
+def command(world: Path) -> list[str]:
+    """`dvpa assemble` of WORLD/r.yaml into WORLD/out, as a process of its own."""
+    program = [sys.executable, "-m", "dvpa", "assemble", "--threads", "2"]
+    return [*program, str(world / "r.yaml"), str(world / "out")]

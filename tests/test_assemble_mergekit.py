@@ -65,11 +65,12 @@ def unpacked(merged: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    PROGRAM is None, reason="no mergekit-yaml: put mergekit 0.1.5 on the path or set DVPA_MERGEKIT"
+)
 def test_mergekit_gives_the_same_within_a_unit_in_the_last_place(
     parents: dict[str, Path], tmp_path: Path
 ) -> None:
-    if PROGRAM is None:
-        pytest.skip("no mergekit-yaml on the path; install mergekit 0.1.5 or set DVPA_MERGEKIT")
     rules = [{"match": "all", "lambda": {"a": 0.6, "b": 0.4}}]
     assemble(write_recipe(tmp_path / "r.yaml", parents, rules), tmp_path / "out")
     models = [
@@ -78,7 +79,7 @@ def test_mergekit_gives_the_same_within_a_unit_in_the_last_place(
     ]
     data = {"merge_method": "linear", "dtype": "bfloat16", "models": models}
     (tmp_path / "m.yaml").write_text(yaml.safe_dump(data))
-    command = [PROGRAM, str(tmp_path / "m.yaml"), str(tmp_path / "peer"), "--lazy-unpickle"]
+    command = [str(PROGRAM), str(tmp_path / "m.yaml"), str(tmp_path / "peer"), "--lazy-unpickle"]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
         [*command, "--no-copy-tokenizer", "--quiet"],
@@ -94,7 +95,10 @@ def test_mergekit_gives_the_same_within_a_unit_in_the_last_place(
     for name, tensor in ours.items():
         assert tensor.equal(formula([0.6, 0.4], [left[name], right[name]])), name
         steps = (ordered(tensor) - ordered(peer[name])).abs()
-        assert int(steps.max()) <= 1, name
+        # Where the terms cancel, a rounding of theirs in fp32 is many units of what is left.
+        terms = 0.6 * left[name].float().abs() + 0.4 * right[name].float().abs()
+        is_rounding = (tensor.float() - peer[name].float()).abs() <= 2**-22 * terms
+        assert bool(((steps <= 1) | is_rounding).all()), name
         differing += int((steps > 0).sum())
     assert differing < 1e-3 * sum(tensor.numel() for tensor in ours.values())
 

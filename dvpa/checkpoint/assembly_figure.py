@@ -10,9 +10,9 @@ from dvpa.checkpoint.assembly_steps import COPIED, KEPT, MERGED
 WIDTH, LEFT, RIGHT = 760, 150, 110
 ROW, BAR, TOP = 52, 40, 34
 _LABELS = {
-    MERGED: "combined",
-    COPIED: "another parent's bytes",
-    KEPT: "base's bytes, below the threshold",
+    MERGED: "merged",
+    COPIED: "copied from another parent",
+    KEPT: "kept: below the threshold",
 }
 _STYLE = """
 .dh text{font:13px system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;fill:#1c1e21}
@@ -101,14 +101,19 @@ def _legend(classes: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """Powers of ten, with 2 and 5 between them where there is room."""
-    factors = (1, 2, 5) if high - low < 3 else (1,)
-    ticks = [
-        (math.log10(factor) + power, f"{factor * 10.0**power:.0e}".replace("e-0", "e-"))
-        for power in range(math.floor(low), math.ceil(high) + 1)
-        for factor in factors
-    ]
-    return [tick for tick in ticks if low <= tick[0] <= high]
+    """Powers of ten, and as many numbers between them as it takes for three ticks."""
+    ticks: list[tuple[float, str]] = []
+    halves, tenths = ([i / n for i in range(n, 10 * n)] for n in (2, 10))
+    for factors in ([1], [1, 2, 5], range(1, 10), halves, tenths):
+        ticks = [
+            (math.log10(factor) + power, f"{factor:g}e{power}")
+            for power in range(math.floor(low), math.ceil(high) + 1)
+            for factor in factors
+            if low <= math.log10(factor) + power <= high
+        ]
+        if len(ticks) >= 3:
+            break
+    return ticks
 
 
 def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:

@@ -2,8 +2,8 @@
 
 import csv
 import hashlib
-import io
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,20 +57,21 @@ def finish_folder(
     plain["left_out"] = left_out
     for path in copied:
         copy_file(path, folder)
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows(tensor_rows(plan, outcomes))
+    with (folder / TENSORS).open("w", encoding="utf-8", newline="") as table:
+        csv.writer(table, lineterminator="\n").writerows(tensor_rows(plan, outcomes))
+        table.flush()
+        os.fsync(table.fileno())
     texts = {
         REPORT: json.dumps(plain, indent=2) + "\n",
         PAGE: render_page(plain),
-        TENSORS: table.getvalue(),
         CARD: render_card(plain, base),
         FIGURE: histogram_svg(plain),
     }
     for name, text in texts.items():
         if text:
             _write(folder / name, text.encode())
-    written = [path.name for path in copied] + [name for name, text in texts.items() if text]
-    last = ["config.json", *([INDEX_FILE] if plan.base.index else [])]
+    written = [*(path.name for path in copied), TENSORS, *(n for n, text in texts.items() if text)]
+    last = ["config.json", *([INDEX_FILE] if plan.base.has_index else [])]
     hashed = {name: _hash(folder / name) for name in written}
     hashed |= {name: _hash(base / name) for name in last}
     hashed |= {name: _sealed(shard) for name, shard in shards.items()}

@@ -22,19 +22,21 @@ h1{font-size:1.75rem;line-height:1.2;margin:0 0 .75rem}
 h2{font-size:1.15rem;margin:2.5rem 0 .75rem}
 .note,.quiet{color:var(--muted)}
 .note{font-size:.875rem;margin:.5rem 0 0}
-.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(9rem,1fr));gap:1rem;
+.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(6.5rem,1fr));gap:1rem;
 margin:1rem 0 0;border-block:1px solid var(--line);padding:1rem 0}
 dt{color:var(--muted);font-size:.8125rem}
 dd{margin:0;font-size:1.5rem;font-weight:600;font-variant-numeric:tabular-nums}
-svg{display:block;width:100%;height:auto}
+svg{display:block;width:100%;min-width:34rem;height:auto}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.9375rem;font-variant-numeric:tabular-nums}
 th,td{padding:.4rem .75rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 th:first-child{text-align:left;padding-left:.4rem}
-thead th{color:var(--muted);font-weight:500;font-size:.8125rem;vertical-align:bottom}
+thead th{color:var(--muted);font-weight:500;font-size:.8125rem;vertical-align:bottom;
+white-space:normal}
 tbody th{font-weight:500}
 tr.total th,tr.total td{font-weight:600}
-td.text{text-align:left;white-space:normal;overflow-wrap:anywhere}
+td.text,th.text{text-align:left}
+td.text{white-space:normal;min-width:12rem;overflow-wrap:anywhere}
 """
 _LICENCE_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
@@ -123,14 +125,15 @@ def _differences(report: Mapping[str, Any]) -> str:
     if not svg:
         return "<section><h2>Differences</h2><p class=note>Nothing was compared.</p></section>"
     return (
-        f"<section><h2>Differences</h2>{svg}<p class=note>|| W - W_base || / sqrt(numel) per "
-        "tensor, of the parent that differs most among those that share in it; each row has its "
-        "own height. Equal tensors are left out.</p></section>"
+        f"<section><h2>Differences</h2><div class=scroll>{svg}</div><p class=note>"
+        "|| W - W_base || / sqrt(numel) per tensor, of the parent that differs most among those "
+        "that share in it; each row has its own height. Equal tensors are left out.</p></section>"
     )
 
 
 def _coverage_table(rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> str:
-    head = ["", "tensors", "data", *ACTIONS, "median", "95 %", "largest", "median, relative"]
+    spreads = ("median difference", "95 %", "largest", "median, relative")
+    head = ["class", "tensors", "data", *ACTIONS, *spreads]
     body = []
     for row in rows:
         spread = row["difference"] or {}
@@ -162,7 +165,7 @@ def _rules(report: Mapping[str, Any]) -> str:
         cells += [f"<td>{_count(row['actions'][action])}</td>" for action in ACTIONS]
         body.append(f"<tr>{''.join(cells)}</tr>")
     head = ["rule", "matches", *names, "tensors", *ACTIONS]
-    return f"<section><h2>By rule</h2>{_table(head, body)}</section>"
+    return f"<section><h2>By rule</h2>{_table(head, body, text=1)}</section>"
 
 
 def _parents(report: Mapping[str, Any]) -> str:
@@ -178,8 +181,8 @@ def _parents(report: Mapping[str, Any]) -> str:
     head = ["parent", "folder", "tensors taken byte for byte"]
     left_out = ", ".join(report.get("left_out") or ["none"])
     return (
-        f"<section><h2>Parents</h2>{_table(head, body)}<p class=note>Files of the base that were "
-        f"not copied: {escape(left_out)}.</p></section>"
+        f"<section><h2>Parents</h2>{_table(head, body, text=1)}<p class=note>"
+        f"Files of the base that were not copied: {escape(left_out)}.</p></section>"
     )
 
 
@@ -198,8 +201,12 @@ def _environment(report: Mapping[str, Any]) -> str:
     return f"<p class=note>{escape(', '.join(items))}</p>"
 
 
-def _table(head: Sequence[str], body: Sequence[str]) -> str:
-    cells = "".join(f"<th scope=col>{escape(name)}</th>" for name in head)
+def _table(head: Sequence[str], body: Sequence[str], text: int | None = None) -> str:
+    """`text`: the column of words, which start on the left."""
+    cells = "".join(
+        f"<th scope=col{' class=text' if i == text else ''}>{escape(name)}</th>"
+        for i, name in enumerate(head)
+    )
     return (
         f"<div class=scroll><table><thead><tr>{cells}</tr></thead>"
         f"<tbody>{''.join(body)}</tbody></table></div>"

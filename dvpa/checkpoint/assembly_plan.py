@@ -113,11 +113,9 @@ def plan_assembly(recipe: Recipe) -> Plan:
 
 def _read_parent(folder: Path) -> ShardHeaders:
     headers = ShardHeaders(folder)
-    if headers.index:
-        for name in headers.tensors:
-            if name not in headers.index:
-                file = headers.locate(name)[0].name
-                raise ValueError(f"{folder / INDEX_FILE}: {name}: in {file}, but not in the index")
+    for name in headers.unindexed:
+        file = headers.locate(name)[0].name
+        raise ValueError(f"{folder / INDEX_FILE}: {name}: in {file}, but not in the index")
     if not headers.tensors:
         raise ValueError(f"{folder}: holds no tensors")
     return headers

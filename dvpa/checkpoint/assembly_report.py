@@ -1,7 +1,7 @@
 """What an assembly did, counted: coverage by class and rule, and how far the parents differ."""
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -110,18 +110,17 @@ def build_report(
     )
 
 
-def tensor_rows(plan: Plan, outcomes: Sequence[Outcome | None]) -> list[list[str]]:
+def tensor_rows(plan: Plan, outcomes: Sequence[Outcome | None]) -> Iterator[list[str]]:
     """A header, then a row per tensor: name, class, rule, action, parent, difference, relative."""
     names = list(plan.recipe.parents)
-    rows = [["tensor", "class", "rule", "action", "parent", "difference", "relative"]]
+    yield ["tensor", "class", "rule", "action", "parent", "difference", "relative"]
     for step, outcome in zip(plan.steps, outcomes, strict=True):
         assert outcome is not None
         parent = "" if outcome.parent is None else names[outcome.parent]
         numbers = ["" if x is None else f"{x:.6g}" for x in (outcome.difference, outcome.relative)]
         kind = step.place.tensor_class
         for name in filter(None, (step.name, step.scale)):
-            rows.append([name, kind, str(step.rule), outcome.action, parent, *numbers])
-    return rows
+            yield [name, kind, str(step.rule), outcome.action, parent, *numbers]
 
 
 def _coverage(name: str, rows: Sequence[tuple[Step, Outcome]], parents: list[str]) -> Coverage:

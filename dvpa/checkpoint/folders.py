@@ -102,10 +102,10 @@ def _clear(folder: Path) -> None:
             path.unlink()
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:
     """Write JSON and wait until it is on the disk."""
     file = path.open("wb")
-    file.write((json.dumps(content, indent=2) + "\n").encode())
+    file.write((json.dumps(content, indent=indent) + "\n").encode())
     sync_and_close(file)
 
 

@@ -7,6 +7,7 @@ the index is where the index says, no tensor lies in two shards.
 import json
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from math import prod
 from operator import mul
@@ -52,8 +53,9 @@ class TensorInfo:
 class ShardHeaders:
     """All tensors of a checkpoint folder, by name.
 
-    `tensors` maps names to `TensorInfo`, in the order of the files. With `keep_going`, a shard of
-    the index that is missing or corrupt is no error: `broken` maps its tensors to the reason.
+    `tensors` maps names to `TensorInfo`, in the order of the files; `unindexed` are those that an
+    index, where there is one (`has_index`), leaves out. With `keep_going`, a shard of the index
+    that is missing or corrupt is no error: `broken` maps its tensors to the reason.
 
     Raises:
         FileNotFoundError: no weights in the folder, or a shard of the index is missing.
@@ -66,19 +68,19 @@ class ShardHeaders:
         self.broken: dict[str, str] = {}
         self._file_of: dict[str, Path] = {}
         self._offset_of: dict[str, int] = {}
-        self.index = read_index(folder)
-        self.files = sorted(
-            {folder / name for name in self.index.values()} or {folder / SINGLE_FILE}
-        )
+        index = read_index(folder)
+        self.has_index = bool(index)
+        self.files = sorted({folder / name for name in index.values()} or {folder / SINGLE_FILE})
         for path in self.files:
             try:
                 self._add(path)
             except (OSError, ValueError) as error:
-                if not (keep_going and self.index):  # without an index: nobody knows what it held
+                if not (keep_going and index):  # without an index: nobody knows what it held
                     raise
-                held = (name for name, file in self.index.items() if folder / file == path)
+                held = (name for name, file in index.items() if folder / file == path)
                 self.broken.update(dict.fromkeys(held, str(error)))
-        for name, file in self.index.items():
+        self.unindexed = [name for name in self.tensors if index and name not in index]
+        for name, file in index.items():
             if name not in self.broken and self._file_of.get(name) != folder / file:
                 raise ValueError(f"{folder / INDEX_FILE}: {name}: not in {file}")
 
@@ -109,7 +111,6 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         ValueError: not a safetensors file, of an unknown dtype, truncated or too long.
     """
     raw, size = raw_header(path), path.stat().st_size
-    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # a few shapes, thousands of tensors
     try:
         header = json.loads(raw[8:].decode())
         metadata = header.pop("__metadata__", None) or {}
@@ -123,7 +124,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             shape = tuple(entry["shape"])
             if not _is_shape(shape):
                 raise ValueError(f"{name}: shape {entry['shape']} is not a list of sizes")
-            info = TensorInfo(sys.intern(entry["dtype"]), shapes.setdefault(shape, shape))
+            info = _info(entry["dtype"], shape)
             offsets = entry["data_offsets"]
             end = position + info.num_bytes
             if offsets != [position, end] or not all(type(offset) is int for offset in offsets):
@@ -137,6 +138,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             f"{path}: {size - len(raw)} bytes of data where the header promises {position}"
         )
     return tensors
+
+
+@lru_cache(maxsize=1024)  # a few shapes, thousands of tensors
+def _info(dtype: str, shape: tuple[int, ...]) -> TensorInfo:
+    return TensorInfo(sys.intern(dtype), shape)
 
 
 def _is_shape(shape: tuple[Any, ...]) -> bool:
@@ -171,7 +177,7 @@ def read_index(folder: Path) -> dict[str, str]:
         return {}
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        named = {sys.intern(str(name)): str(file) for name, file in weight_map.items()}
+        named = {sys.intern(str(name)): sys.intern(str(file)) for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not a safetensors index: {error!r}") from error
     for name, file in named.items():

@@ -26,7 +26,9 @@ _SEALERS = 2  # shards hashed and synced at the same time
 
 @dataclass(frozen=True)
 class FinishedShard:
-    """A shard that is on the disk under its name; `records` are the caller's, by tensor."""
+    """A shard that is on the disk under its name; `records` are the caller's, by tensor, of one
+    that an earlier run finished.
+    """
 
     sha256: str
     num_bytes: int
@@ -143,11 +145,11 @@ class ShardFiles:
         sync_folder(self._folder)
         done = FinishedShard(digest, num_bytes, self._records.pop(shard))
         journal = path.with_name(f"{shard}{JOURNAL}")
-        write_json(journal.with_name(f"{journal.name}{PARTIAL}"), vars(done))
+        write_json(journal.with_name(f"{journal.name}{PARTIAL}"), vars(done), indent=None)
         journal.with_name(f"{journal.name}{PARTIAL}").replace(journal)
         sync_folder(self._folder)
-        with self._lock:
-            self.finished[shard] = done
+        with self._lock:  # its records are the next run's, should there be one
+            self.finished[shard] = FinishedShard(digest, num_bytes)
 
     def _take_over(self) -> dict[str, FinishedShard]:
         """The shards of an earlier run that are whole; the others start anew."""

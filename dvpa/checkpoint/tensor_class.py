@@ -8,6 +8,7 @@ knows is `other`.
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 _PATTERNS = {  # the first that is found decides
     "difficulty_head": r"^difficulty_head\.",
@@ -42,9 +43,14 @@ def place_of(name: str, num_layers: int) -> Place:
     """Where a tensor belongs in a model of `num_layers` layers (its multi-token module apart)."""
     layer, expert = (_number(pattern, name) for pattern in (_LAYER, _EXPERT))
     if _MTP.search(name) or (layer is not None and layer >= num_layers):
-        return Place("mtp", layer, expert)
+        return _place("mtp", layer, expert)
     found = (kind for kind, pattern in _COMPILED.items() if pattern.search(name))
-    return Place(next(found, "other"), layer, expert)
+    return _place(next(found, "other"), layer, expert)
+
+
+@lru_cache(maxsize=64)  # an expert's matrices share theirs
+def _place(tensor_class: str, layer: int | None, expert: int | None) -> Place:
+    return Place(tensor_class, layer, expert)
 
 
 def _number(pattern: re.Pattern[str], name: str) -> int | None:
