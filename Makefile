@@ -16,7 +16,7 @@ WORKERS ?= 2
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input --root-user-action=ignore
 STAMP := $(BIN)/.dvpa
 # What meets Transformers most closely runs again on the oldest one that pyproject.toml allows.
-ON_THE_FLOOR := answer assemble_kills assemble_report attention batches chat checkpoint cli config configs \
+ON_THE_FLOOR := answer attention batches chat checkpoint cli config configs \
     consolidate convert convert_formats demo detokenizer engine engine_route engine_schedule \
     experts experts_interface export export_formats finetune finetune_inputs growth lora model \
     mtp mtp_checkpoint outcomes parity pricing probe registration saving server_openai \
