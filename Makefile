@@ -21,8 +21,7 @@ ON_THE_FLOOR := answer attention batches chat checkpoint cli config configs \
     experts experts_interface export export_formats finetune finetune_inputs growth lora model \
     mtp mtp_checkpoint outcomes parity pricing probe registration saving server_openai \
     speculation standalone switches tokenizer training
-# A file's tests stay in one process; those that start processes of their own, one after the other.
-SIDE_BY_SIDE = -n $(WORKERS) --dist loadgroup
+SIDE_BY_SIDE = -n $(WORKERS)  # how tests are shared out: tests/conftest.py
 INPUTS := pyproject.toml requirements/cpu.txt
 
 .PHONY: help install demo test test-slow test-floor lint format bench clean

@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -34,13 +35,17 @@ MANY_PROCESSES = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under pytest-xdist, a file's tests go to one process: they share what is costly to make."""
-    for item in items:
-        name = item.path.stem
-        group = "many processes" if name in MANY_PROCESSES else name
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests go to one worker: they share what is costly to make."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            name = Path(nodeid.split("::")[0]).stem
+            return "many processes" if name in MANY_PROCESSES else name
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
