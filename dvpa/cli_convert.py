@@ -18,7 +18,12 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `dvpa convert`."""
     parser.add_argument("source", metavar="SRC", type=Path, help="a checkpoint folder")
-    parser.add_argument("out", metavar="OUT", type=Path, help="a new folder")
+    parser.add_argument(
+        "out",
+        metavar="OUT",
+        type=Path,
+        help="a new folder; complete or absent, and after a kill the same command starts over",
+    )
     parser.add_argument(
         "--text",
         metavar="FILE",

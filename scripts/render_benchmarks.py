@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import assemble_page
 import engine_page
 import escalation_page
 import plan_page
@@ -255,6 +256,14 @@ def render_training(result: dict[str, Any]) -> str:
     return "\n\n".join([*parts, machine(result["environment"])])
 
 
+def render_assemble(result: dict[str, Any]) -> str:
+    """Assembling beside mergekit and the disk."""
+    parts = ["## Assembling, beside mergekit and the disk"]
+    for text, head, rows in assemble_page.assemble_parts(result):
+        parts += [text, table(head, rows)]
+    return "\n\n".join([*parts, machine(result["environment"])])
+
+
 RENDERERS = {
     "demo": render_demo,
     "words": render_words,
@@ -269,6 +278,7 @@ RENDERERS = {
     "plan": render_plan,
     "training": render_training,
     "training_gpu": render_training,
+    "assemble": render_assemble,
     "kernels_cpu": render_kernels,
     "kernels_gpu": render_kernels,
 }
