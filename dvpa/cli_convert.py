@@ -143,13 +143,15 @@ def export_run(arguments: argparse.Namespace) -> None:
     """Write one tier as a plain checkpoint."""
     from dvpa.checkpoint.export import export_tier
 
-    report = export_tier(
-        arguments.checkpoint,
-        arguments.tier,
-        arguments.out,
-        keep_mtp=arguments.keep_mtp,
-        dtype=arguments.dtype,
-    )
+    with show_status("writing") as progress:
+        report = export_tier(
+            arguments.checkpoint,
+            arguments.tier,
+            arguments.out,
+            keep_mtp=arguments.keep_mtp,
+            dtype=arguments.dtype,
+            progress=progress,
+        )
     if write_json(arguments.json, asdict(report)):
         return
     console().print(f"{report.model_type} checkpoint of tier {arguments.tier}: {arguments.out}")

@@ -1,5 +1,6 @@
 """Safetensors shards: what is read, what is refused, and folders that are complete or absent."""
 
+import itertools
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from dvpa.checkpoint import ShardReader, ShardWriter, TensorInfo, staged_folder
+from dvpa.checkpoint.pace import Pace
 from dvpa.checkpoint.shards import DTYPES, INDEX_FILE, read_header
 from dvpa.model.tensor_names import tensor_shapes
 
@@ -291,3 +293,27 @@ def test_kill_minus_9_leaves_no_folder_and_the_next_run_completes(tmp_path: Path
 def test_a_header_is_read_without_the_data(tmp_path: Path) -> None:
     write(tmp_path, TENSORS)
     assert read_header(tmp_path / "model.safetensors") == plan_of(TENSORS)
+
+
+def test_the_pace_of_a_long_copy_in_words() -> None:
+    """A clock that jumps half a second at each look: 1 of 4 GB took that long, and so on."""
+    seconds, said = itertools.count(0.0, 0.5), list[str]()
+    pace = Pace(4 * 10**9, said.append, clock=lambda: next(seconds))
+    for _ in range(4):
+        pace.add(10**9)
+    assert said[0] == "writing 1.00 of 4.00 GB, 2,000 MB/s, 0:00:02 left"
+    assert said[-1] == "writing 4.00 of 4.00 GB, 2,000 MB/s, 0:00:00 left"
+    said.clear()
+    pace = Pace(10**9, said.append, clock=lambda: 7.0)  # no time has passed: nothing to say
+    pace.add(10**9)
+    assert said == []
+
+
+def test_the_writer_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dvpa.checkpoint.pace.INTERVAL_S", 0.0)
+    said: list[str] = []
+    with ShardWriter(tmp_path, plan_of(TENSORS), say=said.append) as writer:
+        for name, tensor in TENSORS.items():
+            writer.write(name, tensor)
+    assert len(said) == len(TENSORS)
+    assert all(text.startswith("writing 0.00 of 0.00 GB, ") for text in said)

@@ -6,7 +6,7 @@ memory.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -23,6 +23,7 @@ from dvpa.checkpoint.headers import (
     TensorInfo,
     read_header,
 )
+from dvpa.checkpoint.pace import Pace
 
 __all__ = [
     "DEFAULT_SHARD_BYTES",
@@ -89,12 +90,18 @@ class ShardWriter:
 
     Use as a context manager: leaving it without every planned tensor written is a ValueError, and
     the index comes last. The folder must exist; see `staged_folder` for all-or-nothing folders.
+    `say` is told how far it is, in words.
     """
 
     def __init__(
-        self, folder: Path, plan: Mapping[str, TensorInfo], shard_bytes: int = DEFAULT_SHARD_BYTES
+        self,
+        folder: Path,
+        plan: Mapping[str, TensorInfo],
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
+        say: Callable[[str], object] = lambda text: None,
     ) -> None:
         self._folder, self._plan = folder, plan
+        self._pace = Pace(sum(info.num_bytes for info in plan.values()), say)
         self._shards = _split(plan, shard_bytes)
         self._waiting = iter([(i, name) for i, names in enumerate(self._shards) for name in names])
         self._next = next(self._waiting, None)
@@ -119,6 +126,7 @@ class ShardWriter:
             )
         file = self._shard(self._next[0])
         file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        self._pace.add(info.num_bytes)
         self._next = next(self._waiting, None)
 
     def __exit__(
