@@ -282,7 +282,8 @@ def main() -> None:
             result["rounding"] = {"normal_values": rounding(None), "by_distance": by_distance}
         if "sizes" in arguments.parts:
             result["sizes"] = memory_by_size(work)
-    result["environment"] = describe_environment()
+    if "merge" in arguments.parts or "environment" not in result:
+        result["environment"] = describe_environment()  # of the timings
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
