@@ -11,6 +11,7 @@ import assemble_page
 import engine_page
 import escalation_page
 import plan_page
+import pools_page
 import server_page
 import training_page
 from kernel_page import FIGURE, fit_lines, introduction, kernel_parts, linear_png
@@ -264,6 +265,13 @@ def render_assemble(result: dict[str, Any]) -> str:
     return "\n\n".join([*parts, machine(result["environment"])])
 
 
+def render_pools(result: dict[str, Any]) -> str:
+    """Which experts a converted checkpoint's lower tiers should have."""
+    text, head, rows = pools_page.pools_part(result)
+    parts = ["## Pools of a converted DeepSeek-V3", text, table(head, rows)]
+    return "\n\n".join([*parts, machine(result["environment"])])
+
+
 RENDERERS = {
     "demo": render_demo,
     "words": render_words,
@@ -279,6 +287,7 @@ RENDERERS = {
     "training": render_training,
     "training_gpu": render_training,
     "assemble": render_assemble,
+    "pools": render_pools,
     "kernels_cpu": render_kernels,
     "kernels_gpu": render_kernels,
 }
