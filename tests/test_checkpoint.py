@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from dvpa.checkpoint import ShardReader, ShardWriter, TensorInfo, staged_folder
 from dvpa.checkpoint.pace import Pace
-from dvpa.checkpoint.shards import DTYPES, INDEX_FILE, read_header
+from dvpa.checkpoint.shards import DTYPES, INDEX_FILE, read_header, write_json
 from dvpa.model.tensor_names import tensor_shapes
 
 TENSORS = {
@@ -317,3 +318,20 @@ def test_the_writer_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.Monke
             writer.write(name, tensor)
     assert len(said) == len(TENSORS)
     assert all(text.startswith("writing 0.00 of 0.00 GB, ") for text in said)
+
+
+@pytest.mark.parametrize("where", ["tensor", "side file"])
+def test_a_full_disk_names_what_was_being_written(where: str, tmp_path: Path) -> None:
+    """By a limit on the size of files, which Python reports as EFBIG."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    large = {"model.large": torch.zeros(300_000), "model.small": torch.zeros(3)}
+    expected = "model.safetensors: model.large" if where == "tensor" else "/out'"
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        with pytest.raises(OSError, match=expected), staged_folder(tmp_path / "out") as folder:
+            if where == "tensor":
+                write(folder, large)
+            write_json(folder / "notes.json", {"notes": "x" * 200_000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
