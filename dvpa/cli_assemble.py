@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 def add_assemble_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `dvpa assemble`."""
     parser.add_argument("recipe", metavar="RECIPE.yaml", help="a recipe; docs/assembling.md")
-    parser.add_argument("out", metavar="OUT", type=Path, help="a new folder")
+    parser.add_argument(
+        "out",
+        metavar="OUT",
+        type=Path,
+        help="a new folder; complete or absent, and after a kill the same command goes on",
+    )
     parser.add_argument(
         "--parent",
         dest="parents",

@@ -238,7 +238,8 @@ def _reading(checkpoint: Path) -> Iterator[None]:
     except (SafetensorError, EOFError, KeyError, RuntimeError) as error:
         raise ValueError(f"{checkpoint}: the checkpoint cannot be read: {error}") from error
     except (ValueError, OSError) as error:
-        if str(checkpoint) in str(error):
+        names_a_file = isinstance(error, OSError) and error.filename is not None
+        if names_a_file or str(checkpoint) in str(error):
             raise
         raise ValueError(f"{checkpoint}: {error}") from error
 

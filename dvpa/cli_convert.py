@@ -18,7 +18,12 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `dvpa convert`."""
     parser.add_argument("source", metavar="SRC", type=Path, help="a checkpoint folder")
-    parser.add_argument("out", metavar="OUT", type=Path, help="a new folder")
+    parser.add_argument(
+        "out",
+        metavar="OUT",
+        type=Path,
+        help="a new folder; complete or absent, and after a kill the same command starts over",
+    )
     parser.add_argument(
         "--text",
         metavar="FILE",
@@ -138,13 +143,15 @@ def export_run(arguments: argparse.Namespace) -> None:
     """Write one tier as a plain checkpoint."""
     from dvpa.checkpoint.export import export_tier
 
-    report = export_tier(
-        arguments.checkpoint,
-        arguments.tier,
-        arguments.out,
-        keep_mtp=arguments.keep_mtp,
-        dtype=arguments.dtype,
-    )
+    with show_status("writing") as progress:
+        report = export_tier(
+            arguments.checkpoint,
+            arguments.tier,
+            arguments.out,
+            keep_mtp=arguments.keep_mtp,
+            dtype=arguments.dtype,
+            progress=progress,
+        )
     if write_json(arguments.json, asdict(report)):
         return
     console().print(f"{report.model_type} checkpoint of tier {arguments.tier}: {arguments.out}")

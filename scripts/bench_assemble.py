@@ -1,14 +1,16 @@
 """`dvpa assemble` beside mergekit and the disk, on synthetic parents; memory by size of the model.
 
     python scripts/bench_assemble.py --mergekit VENV/bin/mergekit-yaml [--parents DIR] [--work DIR]
-        [--rounds 3] [--parts merge fp8 sizes] [--out docs/benchmarks/assemble.json]
+        [--rounds 3] [--parts merge fp8 rounding sizes]
+        [--out docs/benchmarks/assemble.json]
 
 merge: every round, one after the other: dd reads the parents and writes and syncs as much as the
 result (that minute's disk bound), then dvpa or mergekit merges 0.6 A + 0.4 B. Each contender is a
 process of its own; its wall and CPU time, and its anonymous memory, sampled every 10 ms, are those
 of the whole command. Without --mergekit it is left out, and said so. fp8: DeepSeek-V3's format
-against the exact interpolation. sizes: the memory of parents of 1 GB and of 8 GB (26 GB of disk),
-these once with more and once with larger tensors. Parts that are not asked for keep their place in
+against the exact interpolation. rounding: what E4M3 itself costs there. sizes: the memory of
+parents of 1 GB and of 8 GB (26 GB of disk), these once with more and once with larger tensors; no
+timing, any machine will do. Parts that are not asked for keep their place in
 --out. Everything made in --work is removed again.
 """
 
@@ -29,20 +31,21 @@ import yaml
 from assemble_parents import make_parents
 from torch import Tensor
 
-from dvpa.checkpoint.fp8 import dequantise
+from dvpa.checkpoint.fp8 import dequantise, quantise
 from dvpa.checkpoint.shards import ShardReader
 from dvpa.evaluate.report import describe_environment
 
 SHARES = (0.6, 0.4)
 SAMPLE_S = 0.01
 SCALE = "_scale_inv"
-PARTS = ("merge", "fp8", "sizes")
+PARTS = ("merge", "fp8", "rounding", "sizes")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 MERGEKIT: dict[str, tuple[list[str], dict[str, str]]] = {
     "mergekit": ([], {}),
     "mergekit, one thread, shards of 100M": (["--out-shard-size", "100M"], ONE_THREAD),
     "mergekit, one thread, asynchronous": (["--async-write"], ONE_THREAD),
 }
+DISTANCES = (0.003, 0.01, 0.03, 0.1, 0.3)  # of FP8 parents, relative to their norm
 SIZES = {
     "1 GB": {},
     "8 GB, more tensors": {"layers": 102},
@@ -104,12 +107,12 @@ def recipe(path: Path, parents: Path, shares: tuple[float, float] = SHARES) -> P
     return path
 
 
-def dvpa(parents: Path, work: Path) -> dict[str, float]:
+def dvpa(parents: Path, work: Path, *options: str) -> dict[str, float]:
     """One merge by dvpa, its result left in WORK/dvpa."""
     out = work / "dvpa"
     shutil.rmtree(out, ignore_errors=True)
     file = recipe(work / "dvpa.yaml", parents)
-    return run([sys.executable, "-m", "dvpa", "assemble", str(file), str(out)])
+    return run([sys.executable, "-m", "dvpa", "assemble", str(file), str(out), *options])
 
 
 def mergekit(
@@ -216,16 +219,29 @@ def fp8_case(work: Path) -> dict[str, Any]:
     }
 
 
+def rounding(distance: float | None) -> float:
+    """E4M3's relative error (Frobenius) for the middle of two FP8 matrices of normal values, that
+    far apart relative to their norm; None: for one matrix that no codes stand for yet.
+    """
+    generator = torch.Generator().manual_seed(0)
+    left, noise = torch.randn(2, 1024, 1024, generator=generator)
+    exact = left
+    if distance is not None:
+        near = left + distance * noise
+        exact = (dequantise(*quantise(left)) + dequantise(*quantise(near))) / 2
+    found = dequantise(*quantise(exact))
+    return float((found - exact).norm() / exact.norm())
+
+
 def memory_by_size(work: Path) -> list[dict[str, Any]]:
-    """Peak anonymous memory of parents of 1 GB and 8 GB."""
+    """Peak anonymous memory, with two threads, of parents of 1 GB and 8 GB."""
     rows = []
     for label, sizes in SIZES.items():
         parents = work / "sized"
         num_bytes = make_parents(parents, **sizes)
         count = len(ShardReader(parents / "parent_a").tensors)
-        rows.append(
-            {"parents": label, "gb": num_bytes / 1e9, "tensors": count, **dvpa(parents, work)}
-        )
+        peak = dvpa(parents, work, "--threads", "2")["anon_mb"]
+        rows.append({"parents": label, "gb": num_bytes / 1e9, "tensors": count, "anon_mb": peak})
         print(rows[-1], flush=True)
         shutil.rmtree(parents)
         shutil.rmtree(work / "dvpa")
@@ -261,9 +277,13 @@ def main() -> None:
             result["merge"] = measure(arguments, work)
         if "fp8" in arguments.parts:
             result["fp8"] = fp8_case(work)
+        if "rounding" in arguments.parts:
+            by_distance = {str(distance): rounding(distance) for distance in DISTANCES}
+            result["rounding"] = {"normal_values": rounding(None), "by_distance": by_distance}
         if "sizes" in arguments.parts:
             result["sizes"] = memory_by_size(work)
-    result["environment"] = describe_environment()
+    if "merge" in arguments.parts or "environment" not in result:
+        result["environment"] = describe_environment()  # of the timings
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

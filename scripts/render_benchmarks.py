@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import assemble_page
 import engine_page
 import escalation_page
 import plan_page
+import pools_page
 import server_page
 import training_page
 from kernel_page import FIGURE, fit_lines, introduction, kernel_parts, linear_png
@@ -255,6 +257,21 @@ def render_training(result: dict[str, Any]) -> str:
     return "\n\n".join([*parts, machine(result["environment"])])
 
 
+def render_assemble(result: dict[str, Any]) -> str:
+    """Assembling beside mergekit and the disk."""
+    parts = ["## Assembling, beside mergekit and the disk"]
+    for text, head, rows in assemble_page.assemble_parts(result):
+        parts += [text, table(head, rows)]
+    return "\n\n".join([*parts, machine(result["environment"])])
+
+
+def render_pools(result: dict[str, Any]) -> str:
+    """Which experts a converted checkpoint's lower tiers should have."""
+    text, head, rows = pools_page.pools_part(result)
+    parts = ["## Pools of a converted DeepSeek-V3", text, table(head, rows)]
+    return "\n\n".join([*parts, machine(result["environment"])])
+
+
 RENDERERS = {
     "demo": render_demo,
     "words": render_words,
@@ -269,6 +286,8 @@ RENDERERS = {
     "plan": render_plan,
     "training": render_training,
     "training_gpu": render_training,
+    "assemble": render_assemble,
+    "pools": render_pools,
     "kernels_cpu": render_kernels,
     "kernels_gpu": render_kernels,
 }

@@ -1,7 +1,9 @@
 """Safetensors shards: what is read, what is refused, and folders that are complete or absent."""
 
+import itertools
 import json
 import os
+import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from dvpa.checkpoint import ShardReader, ShardWriter, TensorInfo, staged_folder
-from dvpa.checkpoint.shards import DTYPES, INDEX_FILE, read_header
+from dvpa.checkpoint.pace import Pace
+from dvpa.checkpoint.shards import DTYPES, INDEX_FILE, read_header, write_json
 from dvpa.model.tensor_names import tensor_shapes
 
 TENSORS = {
@@ -291,3 +294,44 @@ def test_kill_minus_9_leaves_no_folder_and_the_next_run_completes(tmp_path: Path
 def test_a_header_is_read_without_the_data(tmp_path: Path) -> None:
     write(tmp_path, TENSORS)
     assert read_header(tmp_path / "model.safetensors") == plan_of(TENSORS)
+
+
+def test_the_pace_of_a_long_copy_in_words() -> None:
+    """A clock that jumps half a second at each look: 1 of 4 GB took that long, and so on."""
+    seconds, said = itertools.count(0.0, 0.5), list[str]()
+    pace = Pace(4 * 10**9, said.append, clock=lambda: next(seconds))
+    for _ in range(4):
+        pace.add(10**9)
+    assert said[0] == "writing 1.00 of 4.00 GB, 2,000 MB/s, 0:00:02 left"
+    assert said[-1] == "writing 4.00 of 4.00 GB, 2,000 MB/s, 0:00:00 left"
+    said.clear()
+    pace = Pace(10**9, said.append, clock=lambda: 7.0)  # no time has passed: nothing to say
+    pace.add(10**9)
+    assert said == []
+
+
+def test_the_writer_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dvpa.checkpoint.pace.INTERVAL_S", 0.0)
+    said: list[str] = []
+    with ShardWriter(tmp_path, plan_of(TENSORS), say=said.append) as writer:
+        for name, tensor in TENSORS.items():
+            writer.write(name, tensor)
+    assert len(said) == len(TENSORS)
+    assert all(text.startswith("writing 0.00 of 0.00 GB, ") for text in said)
+
+
+@pytest.mark.parametrize("where", ["tensor", "side file"])
+def test_a_full_disk_names_what_was_being_written(where: str, tmp_path: Path) -> None:
+    """By a limit on the size of files, which Python reports as EFBIG."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    large = {"model.large": torch.zeros(300_000), "model.small": torch.zeros(3)}
+    expected = "model.safetensors: model.large" if where == "tensor" else "/out'"
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        with pytest.raises(OSError, match=expected), staged_folder(tmp_path / "out") as folder:
+            if where == "tensor":
+                write(folder, large)
+            write_json(folder / "notes.json", {"notes": "x" * 200_000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from dvpa.architecture import find_config, load_yaml
 from dvpa.evaluate.outcomes import collect_outcomes
 from dvpa.model import DvpaForCausalLM
 from dvpa_train.config import load_recipe
@@ -151,6 +153,17 @@ def test_bad_overrides_are_one_error_that_names_the_key(override: str, message: 
     with pytest.raises(ValueError, match=message) as error:
         load_recipe(RECIPE, [override])
     assert "\n" not in str(error.value)
+
+
+def test_a_model_without_a_head_cannot_be_calibrated(tmp_path: Path) -> None:
+    """Said before the training, not after it."""
+    model = load_yaml(find_config("model/pico.yaml"))
+    del model["difficulty"]
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(model))
+    place = f"model={tmp_path / 'model.yaml'}"
+    with pytest.raises(ValueError, match=r"calibration: the model has no difficulty head"):
+        load_recipe(RECIPE, [place])
+    assert load_recipe(RECIPE, [place, "calibration=null"]).calibration is None
 
 
 def test_a_missing_recipe_or_data_file_is_named(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def convert_checkpoint(
         config, orders = plans[chosen]
         progress("writing")
         plan = _plan(opened, config, dtype)
-        _write(opened, config, orders, plan, folder, shard_bytes)
+        _write(opened, config, orders, plan, folder, shard_bytes, progress)
         report = ConversionReport(
             source=opened.family.model_type,
             tiers=_tiers(config, losses.get(chosen)),
@@ -263,9 +263,10 @@ def _write(
     plan: dict[str, TensorInfo],
     folder: Path,
     shard_bytes: int,
+    progress: Progress,
 ) -> None:
     """Fill the new folder."""
-    with ShardWriter(folder, plan, shard_bytes) as writer:
+    with ShardWriter(folder, plan, shard_bytes, progress) as writer:
         for name, info in plan.items():
             tensor = _moved(source, config, orders, name)
             writer.write(name, tensor.to(DTYPES[info.dtype]))

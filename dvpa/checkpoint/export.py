@@ -11,7 +11,7 @@ layer 61, as in V3, and warns of unexpected tensors at any other.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,13 +94,15 @@ def export_tier(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     keep_mtp: bool = False,
     dtype: str = "auto",
+    progress: Callable[[str], object] = lambda text: None,
 ) -> ExportReport:
     """Write tier `tier` (index or name) of `checkpoint` to the new folder `out`.
 
     `out` appears complete or not at all; memory holds one tensor at a time. `keep_mtp` keeps the
     multi-token prediction module, as V3 stores it, cut to the tier like any other layer. `dtype` is
     one of `EXPORTED`: "auto" leaves weights as they are, "fp8" stores attention and MLP matrices in
-    128 x 128 blocks of E4M3, as DeepSeek-V3 does, and the others as bf16.
+    128 x 128 blocks of E4M3, as DeepSeek-V3 does, and the others as bf16. `progress` is told how
+    far it is.
 
     Raises:
         FileNotFoundError: no checkpoint there, or a shard is missing.
@@ -123,9 +125,8 @@ def export_tier(
         _check_bias(reader, config, tier, style)
     plan = plan_tier(config, tier, reader.tensors, keep_mtp, style, dtype)
     with staged_folder(out) as folder:
-        with ShardWriter(
-            folder, {name: part.info for name, part in plan.items()}, shard_bytes
-        ) as w:
+        infos = {name: part.info for name, part in plan.items()}
+        with ShardWriter(folder, infos, shard_bytes, progress) as w:
             _write(w, reader, config, tier, plan)
         for name in COPIED_FILES.split():
             if (checkpoint / name).is_file():

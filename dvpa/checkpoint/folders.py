@@ -21,6 +21,7 @@ def staged_folder(out: Path, keep: bool = False) -> Iterator[Path]:
 
     Raises:
         ValueError: `out` holds files already, or `<out>.incomplete` is not one of ours.
+        OSError: the disk is full or fails; with a file name, of the folder if nothing better.
     """
     out, staging = _staging_of(out)
     if staging.exists() and not keep:
@@ -33,9 +34,11 @@ def staged_folder(out: Path, keep: bool = False) -> Iterator[Path]:
         sync_folder(staging)
         staging.replace(out)  # atomic, also over an empty folder
         sync_folder(out.parent)
-    except BaseException:
+    except BaseException as error:
         if not keep:
             shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(out)) from error
         raise
 
 

@@ -1,7 +1,7 @@
 """Convex combinations of block-scaled FP8 weights: dequantised, combined in fp32, quantised anew.
 
 Codes are never combined as such: they mean different numbers under different scales. Rounding to
-E4M3 again costs about 2 % of the weight's norm, whatever is combined.
+E4M3 again costs 1 to 3 % of the weight's norm, the less the closer the parents are.
 """
 
 from collections.abc import Mapping, Sequence

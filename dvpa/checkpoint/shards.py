@@ -6,7 +6,8 @@ memory.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -23,6 +24,7 @@ from dvpa.checkpoint.headers import (
     TensorInfo,
     read_header,
 )
+from dvpa.checkpoint.pace import Pace
 
 __all__ = [
     "DEFAULT_SHARD_BYTES",
@@ -89,12 +91,18 @@ class ShardWriter:
 
     Use as a context manager: leaving it without every planned tensor written is a ValueError, and
     the index comes last. The folder must exist; see `staged_folder` for all-or-nothing folders.
+    `say` is told how far it is, in words.
     """
 
     def __init__(
-        self, folder: Path, plan: Mapping[str, TensorInfo], shard_bytes: int = DEFAULT_SHARD_BYTES
+        self,
+        folder: Path,
+        plan: Mapping[str, TensorInfo],
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
+        say: Callable[[str], object] = lambda text: None,
     ) -> None:
         self._folder, self._plan = folder, plan
+        self._pace = Pace(sum(info.num_bytes for info in plan.values()), say)
         self._shards = _split(plan, shard_bytes)
         self._waiting = iter([(i, name) for i, names in enumerate(self._shards) for name in names])
         self._next = next(self._waiting, None)
@@ -108,6 +116,7 @@ class ShardWriter:
 
         Raises:
             ValueError: not the tensor that is due, or not of the planned dtype and shape.
+            OSError: the disk is full or fails; the file name carries the tensor's.
         """
         if self._next is None or self._next[1] != name:
             raise ValueError(f"{name}: not due; the plan goes on with {self._next}")
@@ -117,8 +126,13 @@ class ShardWriter:
                 f"{name}: {tensor.dtype} {tuple(tensor.shape)} was planned as {info.dtype} "
                 f"{info.shape}"
             )
-        file = self._shard(self._next[0])
-        file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        try:
+            self._shard(self._next[0]).write(data)
+        except OSError as error:
+            where = f"{self._folder / self._name(self._next[0])}: {name}"
+            raise OSError(error.errno, error.strerror, where) from error
+        self._pace.add(info.num_bytes)
         self._next = next(self._waiting, None)
 
     def __exit__(
@@ -127,10 +141,13 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is not None:
+            if self._open is not None:
+                with suppress(OSError):  # a full disk, once more
+                    self._open[1].close()
+            return
         if self._open is not None:
             sync_and_close(self._open[1])
-        if error is not None:
-            return
         if self._next is not None:
             raise ValueError(f"{self._next[1]}: planned but never written")
         if len(self._shards) > 1:

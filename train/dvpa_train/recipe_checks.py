@@ -22,6 +22,11 @@ def check(recipe: "Recipe", path: Path) -> None:
     if recipe.mtp is not None:
         _check_mtp(recipe.mtp, config, path)
     _check_packed(recipe, path, config)
+    if recipe.calibration is not None and config.difficulty is None:
+        raise ValueError(
+            f"{path}: calibration: the model has no difficulty head; give it one (difficulty), or "
+            "say calibration: null"
+        )
     if not recipe.stages:
         raise ValueError(f"{path}: stages: must not be empty")
     previous = 0

@@ -1,0 +1,96 @@
+"""The assembling benchmark's part of docs/benchmarks.md."""
+
+from collections.abc import Mapping
+from typing import Any
+
+Part = tuple[str, list[str], list[list[str]]]
+
+
+def assemble_parts(result: Mapping[str, Any]) -> list[Part]:
+    """(text, head, rows) for each part of `scripts/bench_assemble.py` that was run."""
+    parts = []
+    if "merge" in result:
+        parts.append(_merge_part(result["merge"]))
+    if result.get("sizes"):
+        parts.append(_sizes_part(result["sizes"]))
+    if "fp8" in result:
+        parts.append(_fp8_part(result["fp8"], result.get("rounding")))
+    return parts
+
+
+def _merge_part(merge: Mapping[str, Any]) -> Part:
+    parents, exact, peer = merge["parents"], merge["exactness"], merge["mergekit"]
+    text = (
+        "`python scripts/bench_assemble.py --mergekit PROGRAM`: 0.6 A + 0.4 B of two bf16 parents "
+        f"of {parents['gb']:.3g} GB ({parents['tensors']:,} tensors, {parents['shards']} shards, "
+        f"in the page cache), medians of {merge['rounds']} interleaved rounds; whole commands, "
+        "start-up included. The bound is dd's, run right before each command: read both parents, "
+        f"write and sync one. dvpa beyond its start-up ({merge['start_up_s']:.2f} s) takes "
+        f"**{merge['over_bound']:.2f}x** that bound, hashing included. Of {exact['elements']:,} "
+        f"elements {exact['differing']:,} differ from the fp32 formula rounded to bf16 (largest: "
+        f"{exact['largest_ulp']} units in the last place)."
+    )
+    if peer is None:
+        text += " mergekit was not there to be measured."
+    else:
+        text += (
+            f" **{peer['times_faster']:.1f}x** faster than mergekit {peer['version']} as it was "
+            f"fastest ({peer['fastest']}; its imports alone take {peer['import_s']['wall_s']:.1f} "
+            f"s); {peer['differing'] / peer['elements']:.1e} of its elements differ from ours."
+        )
+    head = ["command", "wall s", "CPU s", "peak anonymous MB", "dd's bound s", "wall s, each round"]
+    rows = [
+        [
+            name,
+            f"{row['wall_s']:.2f}",
+            f"{row['cpu_s']:.2f}",
+            f"{row['anon_mb']:,.0f}",
+            f"{row['bound_s']:.2f}",
+            ", ".join(f"{each['wall_s']:.1f}" for each in merge["rows"][name]),
+        ]
+        for name, row in merge["medians"].items()
+    ]
+    return text, head, rows
+
+
+def _sizes_part(sizes: list[Mapping[str, Any]]) -> Part:
+    first, largest = sizes[0], max(sizes, key=lambda row: row["tensors"])
+    each = (largest["anon_mb"] - first["anon_mb"]) / (largest["tensors"] - first["tensors"]) * 1e3
+    text = (
+        "Memory by size of the parents. Data is read by the megabyte, so the bytes do not matter; "
+        f"every tensor's name, place and outcome is remembered: {each:.1f} KB a tensor."
+    )
+    head = ["parents", "GB each", "tensors", "peak anonymous MB"]
+    rows = [
+        [row["parents"], f"{row['gb']:.2f}", f"{row['tensors']:,}", f"{row['anon_mb']:.0f}"]
+        for row in sizes
+    ]
+    return text, head, rows
+
+
+def _fp8_part(fp8: Mapping[str, Any], rounding: Mapping[str, Any] | None) -> Part:
+    text = (
+        "0.5 A + 0.5 B of two FP8 parents in DeepSeek-V3's format, whose experts are 10 % apart; "
+        "the result against the exact interpolation of the dequantised parents (relative "
+        "Frobenius). Every code is the nearest one; the error is E4M3's three bits of mantissa."
+    )
+    if rounding is not None:
+        errors = ", ".join(
+            f"{error:.1%} at {float(distance):.1%}"
+            for distance, error in rounding["by_distance"].items()
+        )
+        text += (
+            f" They cost normal values {rounding['normal_values']:.1%}. The middle of two FP8 "
+            "matrices loses less when they are close, since most codes agree, and more where it "
+            f"often falls halfway between two codes: {errors} of distance."
+        )
+    head = ["GB each", "tensors", "wall s", "peak anonymous MB", "mean error", "merged alone"]
+    row = [
+        f"{fp8['gb']:.2f}",
+        f"{fp8['tensors']:,}",
+        f"{fp8['wall_s']:.1f}",
+        f"{fp8['anon_mb']:.0f}",
+        f"{fp8['mean_error']:.2%}",
+        f"{fp8['mean_error_of_merged']:.2%}",
+    ]
+    return text, head, [row]
