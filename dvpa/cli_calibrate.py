@@ -149,12 +149,13 @@ def _options(arguments: argparse.Namespace) -> "CalibrationOptions":
 def _check_affordable(options: "CalibrationOptions", priced: "ModelPrice") -> None:
     """A budget below the base tier is told before anything runs."""
     from dvpa.evaluate.calibration import of_whole
+    from dvpa.tiers.budget import ROUNDING
 
     activated = [float(tier.activated_params) for tier in priced.tiers]
     if options.budget.unit != "activated_params":
         return
     limit = of_whole(options.budget, activated[-1]).mean_limit(activated)
-    if limit is not None and limit < activated[0] * (1 - 1e-12):
+    if limit is not None and limit < activated[0] * (1 - ROUNDING):
         raise ValueError(
             f"--budget: a mean of {limit:g} activated parameters cannot be kept; the base tier, "
             f"{priced.tiers[0].name}, costs {activated[0]:g} ({activated[0] / activated[-1]:.1%} "

@@ -26,16 +26,21 @@ STEPS = 240
 
 
 def questions(mix: tuple[float, ...], size: int, seed: int) -> list[Task]:
-    """Distinct questions of a mix of kinds."""
+    """Distinct questions of a mix of kinds, in random order.
+
+    Just as many of each as the mix says: what they cost is then not left to the draw.
+    """
     draws, tasks = random.Random(seed), dict[str, Task]()
-    while len(tasks) < size:
-        level = draws.choices(range(len(KINDS)), mix)[0]
-        kind = KINDS[level]
-        words = "".join(draws.choices("abcdefghij", k=draws.randint(3, 7)))
-        answer = ANSWERS.get(kind) or draws.choice("klmnop")
-        task = Task.create(f"{kind} {words} ?", answer, level, kind)
-        tasks[task.id] = task
-    return list(tasks.values())
+    ends = np.round(np.cumsum(mix) / np.sum(mix) * size).astype(int)
+    for level, (kind, end) in enumerate(zip(KINDS, ends, strict=True)):
+        while len(tasks) < end:
+            words = "".join(draws.choices("abcdefghij", k=draws.randint(3, 7)))
+            answer = ANSWERS.get(kind) or draws.choice("klmnop")
+            task = Task.create(f"{kind} {words} ?", answer, level, kind)
+            tasks[task.id] = task
+    shuffled = list(tasks.values())
+    draws.shuffle(shuffled)
+    return shuffled
 
 
 @cache

@@ -22,6 +22,10 @@ PRICE: Any = SimpleNamespace(
     ]
 )
 OUTCOMES, FRESH = table(1, 5000), table(2, 5000)
+# What a request costs varies by about 80 % of the mean here. A budget met on 7,500 calibrate
+# requests is therefore met on 7,500 others within 0.8 sqrt(2 / 7500) = 1.3 %, one standard error:
+# the 5 % that is promised is four of them. With 5,000 requests in all it would be 1.6.
+MANY, MANY_FRESH = table(1, 25_000), table(2, 7_500)
 
 
 def calibrated(budget: Budget, **options: Any) -> tuple[TierMap, dict[str, Any]]:
@@ -41,11 +45,12 @@ def calibrated(budget: Budget, **options: Any) -> tuple[TierMap, dict[str, Any]]
 )
 def test_the_budget_is_realised_on_fresh_traffic(budget: Budget, kind: str) -> None:
     """Within 5 %, in the unit it is stated in; harder requests are longer here."""
-    tier_map, report = calibrated(budget, kind=kind)
+    options = CalibrationOptions(budget, kind=kind)
+    tier_map, report = calibrate_table(MANY, PRICE, options, num_resamples=16)
     found = report["calibration"]["budget"]
     limit = budget.mean_limit(COSTS)
-    costs = request_costs(FRESH, COSTS, budget.unit)
-    tiers = tier_map.tiers(FRESH.difficulty)
+    costs = request_costs(MANY_FRESH, COSTS, budget.unit)
+    tiers = tier_map.tiers(MANY_FRESH.difficulty)
     realised = costs[np.arange(len(tiers)), tiers].mean()
     assert realised == pytest.approx(limit, rel=0.05)
     assert found["calibrate"] <= limit * (1 + 1e-9)
@@ -53,23 +58,26 @@ def test_the_budget_is_realised_on_fresh_traffic(budget: Budget, kind: str) -> N
     assert found["deviation"] == pytest.approx(found["test"] / limit - 1)
     assert (found["limit"], found["unit"]) == (limit, budget.unit)
     assert tier_map.budget == budget.to_dict()
-    assert tier_map.costs == COSTS
+    assert tier_map.costs == pytest.approx(COSTS, rel=1e-9)  # means over requests
     assert 0.05 < realised / costs[:, -1].mean() < 0.95
 
 
 def test_the_tier_alone_would_miss_a_budget_in_its_own_unit() -> None:
-    """Why requests bring their own costs: long ones are hard ones."""
-    split = Split(OUTCOMES.difficulty, OUTCOMES.quality)
+    """Why requests bring their own costs: long ones are hard ones.
+
+    A threshold map, that is: it sends the longest to the top tier.
+    """
+    split = Split(MANY.difficulty, MANY.quality)
     half = len(split) // 2
     parts = [
         Split(split.difficulty[rows], split.quality[rows])
         for rows in (slice(0, half), slice(half, None))
     ]
-    tier_map = fit_tier_map(*parts, COSTS, Budget(mean_activated=3e5), NAMES)
-    costs = request_costs(FRESH, COSTS, "activated_params")
-    tiers = tier_map.tiers(FRESH.difficulty)
+    tier_map = fit_tier_map(*parts, COSTS, Budget(mean_activated=3e5), NAMES, "threshold")
+    costs = request_costs(MANY_FRESH, COSTS, "activated_params")
+    tiers = tier_map.tiers(MANY_FRESH.difficulty)
     realised = costs[np.arange(len(tiers)), tiers].mean()
-    assert abs(realised / 3e5 - 1) > 0.05
+    assert realised / 3e5 - 1 > 0.1  # 0.15, give or take 0.006 over seeds
 
 
 @pytest.mark.parametrize("kind", ["gain", "threshold"])
@@ -138,7 +146,8 @@ def without(**columns: Any) -> OutcomeTable:
         (without(difficulty=np.full(5000, np.nan)), Budget(fraction=0.5), "no difficulty head"),
         (without(ms=np.full((5000, 3), np.nan)), Budget(mean_ms=20.0), "have no ms"),
         (without(flops=np.full((5000, 3), np.nan)), Budget(mean_flops=9e6), "have no flops"),
-        (OUTCOMES.select(range(70)), Budget(fraction=0.5), "calibrate split: 21 requests are too"),
+        (OUTCOMES.select(range(90)), Budget(fraction=0.5), "calibrate split: 27 requests are too"),
+        (OUTCOMES.select(np.arange(0)), Budget(fraction=0.5), "no request has a difficulty|too few"),
         (OUTCOMES.select([0]), Budget(fraction=0.5), "too few"),
         (OUTCOMES, Budget(fraction=0.1), "base tier costs"),
         (OUTCOMES, Budget(mean_ms=1.0), "milliseconds per request .* cannot be kept; the base"),
@@ -175,20 +184,24 @@ def test_a_table_without_measured_costs_takes_the_models_prices() -> None:
 
 @pytest.mark.parametrize("kind", ["gain", "threshold"])
 def test_a_budget_is_met_anew_on_other_traffic_without_outcomes(kind: str) -> None:
-    tier_map, _ = calibrated(Budget(fraction=0.5), kind=kind, alpha=0.2)
-    harder = table(3, 4000, hard=2.5)
+    options = CalibrationOptions(Budget(fraction=0.6), kind=kind, alpha=0.2)
+    tier_map, _ = calibrate_table(MANY, PRICE, options, num_resamples=16)
+    limit, size = 0.6 * COSTS[-1], len(MANY_FRESH)
+
+    def spent(by: TierMap, outcomes: OutcomeTable) -> float:
+        costs = request_costs(outcomes, COSTS, "activated_params")
+        return float(costs[np.arange(size), by.tiers(outcomes.difficulty)].mean())
+
+    harder, fresh = (table(seed, size, hard=2.5) for seed in (3, 4))
+    assert spent(tier_map, MANY_FRESH) == pytest.approx(limit, rel=0.05)
+    assert spent(tier_map, harder) > 1.05 * limit
     costs = request_costs(harder, COSTS, "activated_params")
-    before = costs[np.arange(4000), tier_map.tiers(harder.difficulty)].mean()
-    assert abs(before / (0.5 * COSTS[-1]) - 1) > 0.1
-    again = refit_budget(tier_map, Traffic(harder.difficulty, costs), Budget(fraction=0.5))
-    fresh = table(4, 4000, hard=2.5)
-    charged = request_costs(fresh, COSTS, "activated_params")
-    spent = charged[np.arange(4000), again.tiers(fresh.difficulty)].mean()
-    assert spent == pytest.approx(0.5 * COSTS[-1], rel=0.05)
+    again = refit_budget(tier_map, Traffic(harder.difficulty, costs), Budget(fraction=0.6))
+    assert spent(again, fresh) == pytest.approx(limit, rel=0.05)
     assert again.calibration == tier_map.calibration
     assert (again.kind, again.guard, tier_map.guard is None) == (kind, None, False)
     histogram = again.statistics["difficulty_histogram"]
-    assert sum(histogram) == 4000 != sum(tier_map.statistics["difficulty_histogram"])
+    assert sum(histogram) == size and histogram != tier_map.statistics["difficulty_histogram"]
 
 
 def test_refitting_needs_a_calibration_requests_and_a_limit() -> None:

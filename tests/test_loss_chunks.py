@@ -15,6 +15,7 @@ from dvpa_train.batches import Rows, assign_tiers, collate_step
 from dvpa_train.config import OptimizerConfig, StageConfig, StrategyConfig, load_recipe
 from dvpa_train.losses import LOSS_CHUNK, MtpSchedule, Scorer, StepSums, in_chunks
 from dvpa_train.module import TierModule
+from dvpa_train.starts import Start
 from dvpa_train.teacher import FrozenTeacher
 
 EXAMPLES = [
@@ -35,7 +36,7 @@ def step(
 ) -> tuple[TierModule, Tensor, dict[str, Tensor]]:
     """A step of a fresh model: its module, its loss and its gradients."""
     model = mtp_model() if mtp else tiny_model()
-    teacher = FrozenTeacher(tiny_model(seed=7)) if stage.teacher == "frozen" else None
+    teacher = FrozenTeacher(Start(tiny_model(seed=7))) if stage.teacher == "frozen" else None
     module = TierModule(
         model.train(),
         stage,

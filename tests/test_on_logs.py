@@ -24,7 +24,7 @@ from dvpa.tiers.tier_map import TierMap
 
 pytestmark = pytest.mark.slow
 BUDGET = 0.75  # of the top tier
-REQUESTS = 400
+REQUESTS = 400  # of a fixed mix; with 600 that the map is calibrated on, 5 % is 4 standard errors
 
 
 def test_the_model_is_what_it_is_taken_for() -> None:
@@ -38,8 +38,8 @@ def test_the_model_is_what_it_is_taken_for() -> None:
     assert np.corrcoef(table.difficulty, table.level)[0, 1] > 0.7
 
 
-def send(server: Process, tasks: Sequence[Task]) -> None:
-    """Eight at a time, greedy."""
+def send(server: Process, tasks: Sequence[Task], at_a_time: int = 8) -> None:
+    """Greedy ones."""
 
     def ask(task: Task) -> None:
         body = {"prompt": task.question, "max_tokens": 6, "temperature": 0}
@@ -47,7 +47,7 @@ def send(server: Process, tasks: Sequence[Task]) -> None:
         content = reply.rest()
         assert reply.status == 200, content
 
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(at_a_time) as pool:
         list(pool.map(ask, tasks))
 
 
@@ -72,7 +72,7 @@ def test_drift_is_detected_and_recalibration_restores_the_budget(
 ) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint")
     tasks = tmp_path / "tasks.jsonl"
-    rows = [{"question": t.question, "answer": t.answer} for t in questions(CALM, 900, 1)]
+    rows = [{"question": t.question, "answer": t.answer} for t in questions(CALM, 2000, 1)]
     tasks.write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = ["calibrate", str(checkpoint), "--budget", f"{BUDGET:.0%}", "--kind", "threshold"]
     assert main([*argv, "--tasks", str(tasks), "--no-nll"]) == 0
@@ -86,7 +86,8 @@ def test_drift_is_detected_and_recalibration_restores_the_budget(
         assert spent(log, REQUESTS) == pytest.approx(BUDGET, rel=0.05)
         assert drift(server) < 0.1
 
-        send(server, questions(SHIFTED, 500, 3))
+        # One shadow runs at a time, among clients' requests: eight of those leave it every twelfth.
+        send(server, questions(SHIFTED, 500, 3), at_a_time=2 if shadow_share else 8)
         assert drift(server) > 0.25
         assert spent(log, 500) > 1.05 * BUDGET
 

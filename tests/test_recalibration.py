@@ -30,8 +30,8 @@ def old_map(**options: Any) -> TierMap:
     return fit_tier_map(fit, calibrate, ACTIVATED, Budget(mean_activated=HALF), NAMES, **options)
 
 
-def request_line(number: int, difficulty: float | None, tier: int, **changes: Any) -> str:
-    """A line of the access log."""
+def request_line(number: int, difficulty: float | None, tier: int, /, **changes: Any) -> str:
+    """A line of the access log; `changes` to any field."""
     row = {
         "ts": 1.0, "request_id": f"r{number}", "endpoint": "/v1/completions", "status": 200,
         "tier": tier, "tier_name": NAMES[tier], "difficulty": difficulty, "prompt_tokens": 9,
@@ -128,17 +128,19 @@ def test_the_budget_is_restored_after_the_mix_has_changed(
     usual = read_server_logs([write_log(tmp_path / "usual.log", draw(3, 2000), tier_map)], 3)
     _, calm = recalibrate(usual, tier_map, PRICE, BUDGET)
     assert calm["drift"] < 0.1
-    assert calm["budget"]["before"] == pytest.approx(HALF, rel=0.05)
+    # Between always base and always top lie 32 % of HALF, so 5 % would be easily met. A request
+    # costs HALF give or take 13 %: one standard error of 2,000, and of 1,500 before, is 0.4 %.
+    assert calm["budget"]["before"] == pytest.approx(HALF, rel=0.02)
 
     shifted = draw(4, 3000, hopeless=0.05, hard=3.0)
     log = read_server_logs([write_log(tmp_path / "a.log", shifted, tier_map, shadows=shadows)], 3)
     found, report = recalibrate(log, tier_map, PRICE, BUDGET)
     assert report["drift"] > 0.25
-    assert abs(report["budget"]["before"] / HALF - 1) > 0.1
-    assert report["budget"]["after"] == pytest.approx(HALF, rel=0.05)
+    assert abs(report["budget"]["before"] / HALF - 1) > 0.05
+    assert report["budget"]["after"] == pytest.approx(HALF, rel=0.01)
     assert report["curves"] == ("shadow outcomes" if shadows else "kept")
     fresh = draw(5, 3000, hopeless=0.05, hard=3.0)
-    assert spent(found, fresh) == pytest.approx(HALF, rel=0.05)
+    assert spent(found, fresh) == pytest.approx(HALF, rel=0.02)
     assert found.kind == kind
     # What is expected from now on is what the log held.
     again = read_server_logs([write_log(tmp_path / "b.log", fresh, found)], 3)

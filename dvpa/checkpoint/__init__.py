@@ -1,23 +1,16 @@
-"""Checkpoints as files: shards, merging, other families taken in, a tier as a plain checkpoint.
-
-Loads lazily.
-"""
+"""Checkpoints as files: shards, merging, other families taken in, one tier exported. Lazy."""
 
 from importlib import import_module
 from typing import Any
 
-_EXPORTS = {
-    "ConversionReport": "convert",
-    "TierSize": "export",
-    "convert_checkpoint": "convert",
-    "list_tiers": "export",
-    "ExportReport": "export",
-    "ShardReader": "shards",
-    "ShardWriter": "shards",
-    "TensorInfo": "headers",
-    "export_tier": "export",
-    "staged_folder": "folders",
+_MODULES = {
+    "convert": "ConversionReport convert_checkpoint",
+    "export": "ExportReport TierSize export_tier list_tiers",
+    "folders": "staged_folder",
+    "headers": "TensorInfo",
+    "shards": "ShardReader ShardWriter",
 }
+_EXPORTS = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = list(_EXPORTS)
 
 

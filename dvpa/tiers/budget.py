@@ -13,6 +13,9 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
+# A budget is met up to this share of itself: the costs of a million requests, summed in another
+# order, differ by about 1e-10, and "the top tier for everyone" must not be over its own budget.
+ROUNDING = 1e-9
 UNITS = {"mean_flops": "flops", "mean_ms": "ms"}  # of the rest: activated_params
 _SHARES = ("fraction", "min_quality")
 _SCALES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}

@@ -51,6 +51,7 @@ MIN_REQUESTS = 30  # below this an isotonic curve is noise
 ADVISED_REQUESTS = 500  # methods.md F6
 STAY_LOW_DELTA = 0.05  # of the bound that the statistics report where there is no guard
 _QUALITY_STEPS = 100  # budgets tried for min_quality
+_TILT = 1e-5  # of success, what the ends of the top tier's curve slope by; lower tiers' by more
 
 Floats = npt.NDArray[np.float64]
 
@@ -84,7 +85,8 @@ def fit_tier_map(
     template = replace(
         TierMap.untrained(tier_names, costs),
         calibration=tuple(
-            _isotonic_curve(fit.difficulty, fit.quality[:, t]) for t in range(num_tiers)
+            _isotonic_curve(fit.difficulty, fit.quality[:, t], _TILT * (num_tiers - t))
+            for t in range(num_tiers)
         ),
         default_tier=num_tiers - 1 if default_tier is None else default_tier,
     )
@@ -167,12 +169,14 @@ def _check_size(name: str, size: int) -> None:
         logger.warning("%s: %d requests; %d or more are advised", name, size, ADVISED_REQUESTS)
 
 
-def _isotonic_curve(difficulty: Floats, quality: Floats) -> Curve:
+def _isotonic_curve(difficulty: Floats, quality: Floats, tilt: float) -> Curve:
     """Isotonic regression of quality, decreasing in difficulty: knots at its blocks' centres.
 
     Knots at block centres instead of edges ("centred isotonic regression", Oron and Flournoy 2017)
     leave no flat steps inside: on a step every request would change tier at the same lambda, and
-    the map could only jump over the budget instead of meeting it.
+    the map could only jump over the budget instead of meeting it. Beyond the outer centres, where
+    half of a large block may lie, it slopes by `tilt` for the same reason: too little to matter as
+    success, and not the same for any two tiers, whose differences lambda is compared with.
     """
     model = IsotonicRegression(y_min=0.0, y_max=1.0, increasing=False)
     fitted = model.fit_transform(difficulty, quality)
@@ -182,7 +186,12 @@ def _isotonic_curve(difficulty: Floats, quality: Floats) -> Curve:
     x, y = np.clip(centres, 0.0, 1.0), np.clip(-levels, 0.0, 1.0)
     # Rounding may merge the centres of adjacent blocks; adding 0.0 turns -0.0 into 0.0.
     distinct = np.append(True, x[1:] > np.maximum.accumulate(x)[:-1])
-    return tuple(x[distinct].tolist()), tuple((y[distinct] + 0.0).tolist())
+    x, y = x[distinct], y[distinct] + 0.0
+    if x[0] > 0.0:
+        x, y = np.append(0.0, x), np.append(min(y[0] + tilt, 1.0), y)
+    if x[-1] < 1.0:
+        x, y = np.append(x, 1.0), np.append(y, max(y[-1] - tilt, 0.0))
+    return tuple(x.tolist()), tuple(y.tolist())
 
 
 def _cheapest(solver: Solver, min_quality: float, judged: Split) -> TierMap:

@@ -22,6 +22,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from dvpa.tiers.budget import ROUNDING
+
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
@@ -62,8 +64,7 @@ def solve_cuts(
     """
     zero = np.zeros((value.shape[0], 1))
     problem = _Problem(*(np.concatenate([zero, a.cumsum(axis=1)], axis=1) for a in (value, cost)))
-    # Sums in different orders differ in the last bits; meeting the budget exactly must count.
-    limit = budget + 1e-12 * max(1.0, abs(budget))
+    limit = budget + ROUNDING * abs(budget)  # meeting the budget exactly must count
     cheapest = -_completion(problem, 0.0, -1.0)[0, 0]
     if cheapest > limit:
         raise ValueError(

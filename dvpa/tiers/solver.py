@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from dvpa.tiers.budget import Traffic
+from dvpa.tiers.budget import ROUNDING, Traffic
 from dvpa.tiers.cuts import MAX_TRANSITIONS, solve_cuts
 from dvpa.tiers.tier_map import NEVER, TierMap, gain_choice, guard_allows, raise_to_allowed
 
@@ -63,7 +63,7 @@ class Solver:
 
     def check_limit(self, limit: float) -> None:
         """ValueError if no map can have so small a mean cost."""
-        if limit < self.least * (1.0 - 1e-12):
+        if limit < self.least * (1.0 - ROUNDING):
             why = "the guard needs" if not self.allowed.all() else "the base tier costs"
             raise ValueError(
                 f"budget: a mean of {limit:g} {_MEANING[self.unit]} ({limit / self.most:.1%} of "
@@ -82,7 +82,7 @@ class Solver:
 
         def fits(gain_lambda: float) -> bool:
             chosen = gain_choice(self.success, self.relative, gain_lambda, self.allowed)
-            return self.mean_cost(chosen) <= limit * (1.0 + 1e-12)
+            return self.mean_cost(chosen) <= limit * (1.0 + ROUNDING)
 
         low, high = 0.0, 0.0  # the mean cost never rises with lambda, where higher tiers cost more
         if not fits(0.0) and len(self.relative) > 1:
