@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dvpa import __version__
+from dvpa import __version__, cli_calibrate, cli_evaluate
 from dvpa import cli_commands as run
 from dvpa.cli_assemble import add_assemble_arguments, assemble
 from dvpa.cli_convert import add_convert_arguments, add_export_arguments
@@ -59,7 +59,10 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(name: str, command: Command, text: str, example: str) -> argparse.ArgumentParser:
         parser = commands.add_parser(
-            name, help=text, description=text, epilog=f"example: dvpa {name} {example}"
+            name,
+            help=text,
+            description=text,
+            epilog=f"example: dvpa {name} {example}",
         )
         parser.set_defaults(command=command)
         return parser
@@ -117,6 +120,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="override one key of the recipe, as in a.b=c; may be repeated",
     )
+
+    calibrate = add(
+        "calibrate",
+        cli_calibrate.calibrate,
+        "fit the tier map under a budget, and report",
+        cli_calibrate.EXAMPLE,
+    )
+    cli_calibrate.add_calibrate_arguments(calibrate)
+    _add_json(calibrate)
+
+    evaluate = add(
+        "evaluate", cli_evaluate.evaluate, "run lm-eval's tasks at any tier", cli_evaluate.EXAMPLE
+    )
+    cli_evaluate.add_evaluate_arguments(evaluate)
+    _add_json(evaluate)
 
     score = add(
         "score",

@@ -1,13 +1,11 @@
 """What each `dvpa` subcommand does: check the input, call one function, show the result."""
 
 import argparse
-import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dvpa.cli_checkpoint import quiet_transformers, reading, require_checkpoint
 from dvpa.cli_convert import check_convert, check_export, convert_run, export_run, list_run
 from dvpa.cli_output import (
     console,
@@ -57,7 +55,7 @@ def init(arguments: argparse.Namespace) -> None:
 
     _require_new(arguments.out)
     config = load_model_config(arguments.model)
-    with _quiet_transformers():
+    with quiet_transformers():
         import torch
 
         from dvpa.model import DvpaForCausalLM
@@ -124,26 +122,26 @@ def convert(arguments: argparse.Namespace) -> None:
     if not (arguments.source / "config.json").is_file():
         raise FileNotFoundError(f"{arguments.source}: not a checkpoint folder (no config.json)")
     _require_new(arguments.out)
-    with _quiet_transformers(), _reading(arguments.source):
+    with quiet_transformers(), reading(arguments.source):
         convert_run(arguments)
 
 
 def export(arguments: argparse.Namespace) -> None:
     """Write one tier as a plain checkpoint, or list what all of them would weigh."""
     check_export(arguments)
-    _require_checkpoint(arguments.checkpoint)
+    require_checkpoint(arguments.checkpoint)
     if arguments.list:
-        with _quiet_transformers(), _reading(arguments.checkpoint):
+        with quiet_transformers(), reading(arguments.checkpoint):
             list_run(arguments)
         return
     _require_new(arguments.out)
-    with _quiet_transformers(), _reading(arguments.checkpoint):
+    with quiet_transformers(), reading(arguments.checkpoint):
         export_run(arguments)
 
 
 def serve(arguments: argparse.Namespace) -> None:
     """Answer requests over HTTP until a signal comes."""
-    _require_checkpoint(arguments.checkpoint)
+    require_checkpoint(arguments.checkpoint)
     from dvpa.server.config import load_serve_config
 
     names = ("host", "port", "model_name", "dtype", "threads", "api_key_file")
@@ -156,7 +154,7 @@ def serve(arguments: argparse.Namespace) -> None:
     def announce(url: str) -> None:
         console().print(f"{arguments.checkpoint}: {url} (dashboard), {url}/v1 (API)")
 
-    with _quiet_transformers(), _reading(arguments.checkpoint):
+    with quiet_transformers(), reading(arguments.checkpoint):
         if arguments.ray is not None:
             from dvpa.server.ray_app import run as run_ray
 
@@ -169,8 +167,8 @@ def serve(arguments: argparse.Namespace) -> None:
 
 def bench(arguments: argparse.Namespace) -> None:
     """Measure the engine on a checkpoint."""
-    _require_checkpoint(arguments.checkpoint)
-    with _quiet_transformers(), _reading(arguments.checkpoint):
+    require_checkpoint(arguments.checkpoint)
+    with quiet_transformers(), reading(arguments.checkpoint):
         import torch
 
         from dvpa.engine.bench import bench_engine
@@ -201,59 +199,14 @@ def _load(checkpoint: Path, text: str) -> tuple[Any, Any]:
     """Model and tokenizer of a checkpoint that is about to read the prompt `text`."""
     if not text.strip():
         raise ValueError("text: the prompt is empty")
-    _require_checkpoint(checkpoint)
-    with _quiet_transformers(), _reading(checkpoint):
+    require_checkpoint(checkpoint)
+    with quiet_transformers(), reading(checkpoint):
         from dvpa.model.answer import load
 
         loaded: tuple[Any, Any] = load(checkpoint)
     return loaded
 
 
-def _require_checkpoint(checkpoint: Path) -> None:
-    """Check before anything heavy is imported that `checkpoint` is a dvpa checkpoint folder."""
-    config = checkpoint / "config.json"
-    if not config.is_file():
-        raise FileNotFoundError(f"{checkpoint}: not a checkpoint folder (no config.json there)")
-    try:
-        data = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{config}: not valid JSON: {error}") from None
-    model_type = data.get("model_type") if isinstance(data, dict) else None
-    if model_type != "dvpa":
-        raise ValueError(f"{config}: model_type: {model_type!r} must be 'dvpa'")
-
-
 def _require_new(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"OUT: {out} exists already and is not an empty folder")
-
-
-@contextmanager
-def _reading(checkpoint: Path) -> Iterator[None]:
-    """Name the checkpoint in whatever a damaged one makes the libraries raise."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (SafetensorError, EOFError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{checkpoint}: the checkpoint cannot be read: {error}") from error
-    except (ValueError, OSError) as error:
-        names_a_file = isinstance(error, OSError) and error.filename is not None
-        if names_a_file or str(checkpoint) in str(error):
-            raise
-        raise ValueError(f"{checkpoint}: {error}") from error
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars and no advice from Transformers between us and the one clear line."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        logging.enable_progress_bar()

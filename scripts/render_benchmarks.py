@@ -13,6 +13,7 @@ import escalation_page
 import plan_page
 import pools_page
 import server_page
+import tier_map_page
 import training_page
 from kernel_page import FIGURE, fit_lines, introduction, kernel_parts, linear_png
 
@@ -250,6 +251,16 @@ def render_plan(result: dict[str, Any]) -> str:
     return "\n\n".join([*parts, machine(result["environment"])])
 
 
+def render_tier_map(result: dict[str, Any]) -> str:
+    """Solver, guard, hopeless requests."""
+    (FOLDER / tier_map_page.FIGURE).write_bytes(tier_map_page.tier_map_png(result))
+    parts = ["## Fitting tier maps"]
+    for text, head, rows in tier_map_page.tier_map_parts(result):
+        parts += [text, table(head, rows)]
+    figure = f"![What a hopeless request costs](benchmarks/{tier_map_page.FIGURE})"
+    return "\n\n".join([*parts, figure, machine(result["environment"])])
+
+
 def render_training(result: dict[str, Any]) -> str:
     """Training steps beside Transformers' Trainer."""
     text, head, rows = training_page.training_part(result)
@@ -275,6 +286,7 @@ def render_pools(result: dict[str, Any]) -> str:
 RENDERERS = {
     "demo": render_demo,
     "words": render_words,
+    "tier_map": render_tier_map,
     "tiers": render_tiers,
     "engine": render_engine,
     "engine_soak": render_soak,

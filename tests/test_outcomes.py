@@ -9,49 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from outcome_world import LINES, TASKS, sum_model, sum_tokenizer, task
 
-from dvpa.config import find_config, load_model_config
 from dvpa.evaluate.outcomes import OutcomeTable, collect_outcomes, collect_text_nll
 from dvpa.model import DvpaForCausalLM
 from dvpa.tasks.encoding import encode_prompt, encode_task, left_pad, right_pad
-from dvpa.tasks.task_set import Task
-from dvpa.tasks.tokenizer import train_tokenizer
-
-LINES = [f"{a}+{b}={a + b}" for a in range(12) for b in range(8)] + ["reverse abc cba"] * 20
-
-
-def task(question: str, answer: str, level: int = 0) -> Task:
-    return Task.create(question, answer, level, "sum")
-
-
-TASKS = [task(f"{a}+{b}=", str(a + b), level=int(a + b > 9)) for a in range(12) for b in range(4)]
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return train_tokenizer(LINES, vocab_size=300)
+    return sum_tokenizer()
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer: Any) -> DvpaForCausalLM:
-    """Pico, briefly overfitted on half the tasks: some answers are right and some are not."""
-    torch.manual_seed(0)
-    model = DvpaForCausalLM(load_model_config(find_config("model/pico.yaml")))
-    pairs = [encode_task(tokenizer, t.question, t.answer) for t in TASKS[::2]]
-    ids, mask = right_pad([prompt + answer for prompt, answer in pairs], pad_id=0)
-    labels = np.where(mask == 1, ids, -100)
-    for row, (prompt, _) in enumerate(pairs):
-        labels[row, : len(prompt)] = -100
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    inputs = {name: torch.from_numpy(array) for name, array in batch.items()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    model.train()
-    for step in range(120):
-        loss = model(**inputs, tiers=(2, 0, 1)[step % 3]).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model
+def model() -> DvpaForCausalLM:
+    """Some answers are right and some are not."""
+    return sum_model()
 
 
 @pytest.fixture(scope="module")

@@ -69,6 +69,7 @@ EXPECTED: dict[str, tuple[str, set[str]]] = {
     "dvpa_request_success_total": (COUNTER, {"tier", "finished_reason"}),
     "dvpa_requests_total": (COUNTER, {"tier", "finish_reason", "decided_by"}),
     "dvpa_requests_rejected_total": (COUNTER, {"reason"}),
+    "dvpa_shadow_requests_total": (COUNTER, {"outcome"}),
     "dvpa_flops_total": (COUNTER, {"tier"}),
     "dvpa_flops_always_top_total": (COUNTER, set()),
     "dvpa_activated_params_token_total": (COUNTER, set()),

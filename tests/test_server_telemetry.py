@@ -60,7 +60,7 @@ def test_schema() -> None:
     assert json.loads(json.dumps(snapshot, allow_nan=False)) == snapshot
     assert list(snapshot) == [
         *("schema_version", "since", "requests_total", "size", "tiers", "decided_by", "rejected"),
-        *("difficulty", "savings", "throughput", "requests"),
+        *("shadow", "difficulty", "savings", "throughput", "requests"),
     ]
     assert (snapshot["schema_version"], snapshot["since"], snapshot["size"]) == (1, NOW, 1000)
     assert [tier["name"] for tier in snapshot["tiers"]] == list(NAMES)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from dvpa.evaluate.calibration_page import calibration_section
 from dvpa.evaluate.figure import DARK, LIGHT, Theme, format_params
 
 # What each row of the router table is; shown under the table.
@@ -29,6 +30,7 @@ def render_page(report: Mapping[str, Any], light_png: bytes, dark_png: bytes) ->
         _header(report, title),
         _figure(report, light_png, dark_png),
         _routers(report),
+        calibration_section(report),
         _levels(report),
         _difficulty(report),
         _kinds(report),

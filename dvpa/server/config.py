@@ -46,6 +46,7 @@ class ServeConfig:
     retry_after_s: int = 1
     telemetry_size: int = 1000  # requests that /v1/dvpa/telemetry remembers
     access_log: bool = True
+    shadow_share: float = 0.0  # of routed requests that every tier answers again, for calibration
     dashboard: bool = True
     report: str | None = None  # calibration report; None: report.json beside the checkpoint folder
     otel_endpoint: str | None = None  # OTLP over HTTP; needs dvpa[otel]
@@ -64,6 +65,9 @@ class ServeConfig:
         _check_seconds("drain_s", self.drain_s, positive=False)
         if self.request_timeout_s is not None:
             _check_seconds("request_timeout_s", self.request_timeout_s, positive=True)
+        share = self.shadow_share
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise ValueError(f"shadow_share: {share!r} must be a number in 0 .. 1")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: {self.dtype!r} must be one of {', '.join(DTYPES)}")
         for name in ("host", "model_name", "api_key_file", "report", "otel_endpoint"):

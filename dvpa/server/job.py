@@ -135,6 +135,7 @@ class Job:
         if piece.telemetry is None or piece.finish_reason is None:
             return
         self.records[choice] = piece.telemetry
+        self.server.shadow(self.prompts[choice // self.params.n], self.params, piece)
         self.server.finished(
             Finished(
                 record=piece.telemetry,

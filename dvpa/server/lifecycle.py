@@ -2,14 +2,16 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from dvpa.engine import Piece, SamplingParams
 from dvpa.server.backend import Backend
 from dvpa.server.config import ServeConfig
 from dvpa.server.errors import ApiError
 from dvpa.server.prompts import Prompts
+from dvpa.server.shadow import Shadows
 from dvpa.server.telemetry import Finished, Telemetry
 from dvpa.server.tracing import Tracing
 from dvpa.tiers.tier_map import TierMap
@@ -36,6 +38,7 @@ class Server:
         self._backend: Backend | None = None
         self._telemetry: Telemetry | None = None
         self._prompts: Prompts | None = None
+        self._shadows: Shadows | None = None
 
     def ready(self, backend: Backend) -> None:
         """The model is there: requests are let in from now on."""
@@ -45,6 +48,8 @@ class Server:
             info, size=self.config.telemetry_size, access_log=self.config.access_log
         )
         self._prompts = Prompts(info.tokenizer, info.config.max_position_embeddings)
+        if self.config.shadow_share:
+            self._shadows = Shadows(backend, self._telemetry, self.config.shadow_share)
         if self.state == LOADING:
             self.state = READY
 
@@ -73,6 +78,11 @@ class Server:
         """A completion has ended."""
         self.telemetry.finished(event)
         self._tracing.finished(event)
+
+    def shadow(self, prompt: Sequence[int], params: SamplingParams, piece: Piece) -> None:
+        """A routed completion has ended well: perhaps every tier is to answer it again."""
+        if self._shadows is not None and self.state == READY:
+            self._shadows.offer(prompt, params, piece)
 
     @property
     def is_full(self) -> bool:
@@ -106,6 +116,8 @@ class Server:
     async def drain(self) -> bool:
         """Let in nobody, wait for whoever is in, then cancel the rest. True if nobody was left."""
         self.state = DRAINING
+        if self._shadows is not None:
+            await self._shadows.close()
         end = time.monotonic() + self.config.drain_s
         while self.num_active and time.monotonic() < end:
             await asyncio.sleep(POLL_S)
@@ -141,6 +153,8 @@ class Server:
 
     async def close(self) -> None:
         """Give the model back."""
+        if self._shadows is not None:
+            await self._shadows.close()
         if self._backend is not None:
             await self._backend.close()
         await asyncio.to_thread(self._tracing.close)

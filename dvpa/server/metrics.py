@@ -16,11 +16,12 @@ from prometheus_client.core import Metric
 
 from dvpa import __version__
 from dvpa.server.backend import EngineStats, ModelInfo
-from dvpa.server.drift import NUM_BINS
 from dvpa.server.engine_metrics import EngineCollector
+from dvpa.tiers.drift import NUM_BINS
 from dvpa.tiers.record import DECIDED_BY, TelemetryRecord
 from dvpa.tiers.tier_map import TierMap
 
+SHADOWS = ("done", "skipped", "failed")
 ANSWERED = ("stop", "length")  # finish reasons of completions that came to their own end
 REJECTIONS = (
     "queue_full",
@@ -101,6 +102,13 @@ class Metrics:
         self._rejected = make.counter(
             "dvpa_requests_rejected_total", "Requests answered with an error instead.", "reason"
         )
+        self._shadows = make.counter(
+            "dvpa_shadow_requests_total",
+            "Requests that every tier was to answer again, and what came of it.",
+            "outcome",
+        )
+        for outcome in SHADOWS:
+            self._shadows.labels(outcome)
         self._prompt_tokens = make.tier_counters(
             "dvpa_prompt_tokens_total", "Tokens of the prompts."
         )
@@ -219,6 +227,10 @@ class Metrics:
         if record.difficulty is not None:
             self._difficulty.observe(record.difficulty)
         self._activated.observe(record.activated_params)
+
+    def shadowed(self, outcome: str) -> None:
+        """Count one of `SHADOWS`."""
+        self._shadows.labels(outcome).inc()
 
     def rejected(self, reason: str) -> None:
         """Count a request that was answered with an error; `reason` is one word of the server's."""

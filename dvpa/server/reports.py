@@ -15,7 +15,8 @@ MAX_BYTES = 16 * 2**20
 
 
 def find_report(checkpoint: Path, given: str | None) -> Path | None:
-    """The report's file: as given, else report.json in or beside the checkpoint folder.
+    """The report's file: as given, else `dvpa calibrate`'s, else report.json in or beside the
+    checkpoint folder.
 
     Raises:
         FileNotFoundError: the given one is not there.
@@ -24,7 +25,8 @@ def find_report(checkpoint: Path, given: str | None) -> Path | None:
         if not Path(given).is_file():
             raise FileNotFoundError(f"report: {given}: no such file")
         return Path(given)
-    near = (checkpoint / "report.json", checkpoint.resolve().parent / "report.json")
+    folders = (checkpoint / "calibration", checkpoint, checkpoint.resolve().parent)
+    near = [folder / "report.json" for folder in folders]
     return next((path for path in near if path.is_file()), None)
 
 

@@ -22,9 +22,9 @@ from prometheus_client import CollectorRegistry
 
 from dvpa.pricing import ModelPrice
 from dvpa.server.backend import EngineStats, ModelInfo
-from dvpa.server.drift import NUM_BINS, Drift
-from dvpa.server.metrics import ANSWERED, Metrics, activated_params
-from dvpa.tiers.record import DECIDED_BY, TelemetryRecord
+from dvpa.server.metrics import ANSWERED, SHADOWS, Metrics, activated_params
+from dvpa.tiers.drift import NUM_BINS, Drift
+from dvpa.tiers.record import DECIDED_BY, ShadowRecord, TelemetryRecord
 from dvpa.tiers.tier_map import TierMap
 
 SCHEMA_VERSION = 1
@@ -122,6 +122,7 @@ class Telemetry:
         self._rows: Rows = np.zeros(size, _ROW)
         self._num_finished = 0
         self._rejected: Counter[str] = Counter()
+        self._shadows = dict.fromkeys(SHADOWS, 0)
         self._throughput = _Throughput(self._tier_names)
         self._since = clock()
 
@@ -177,6 +178,16 @@ class Telemetry:
             line = {"ts": self._clock(), "endpoint": endpoint, "status": status, "reason": reason}
             access_logger.info("%s", json.dumps(line))
 
+    def shadowed(self, outcome: str, record: ShadowRecord | None = None) -> None:
+        """Take in what came of a shadowed request: one of `SHADOWS`, with its record if it is done.
+
+        Not a completion of a client's: it is in no sum.
+        """
+        self._shadows[outcome] += 1
+        self._metrics.shadowed(outcome)
+        if record is not None and self._access_log and access_logger.isEnabledFor(logging.INFO):
+            access_logger.info("%s", json.dumps({"ts": self._clock(), **record.to_dict()}))
+
     def inter_token(self, tier_name: str, seconds: float) -> None:
         """Take in the time between two tokens."""
         self._metrics.inter_token(tier_name, seconds)
@@ -204,6 +215,7 @@ class Telemetry:
             "tiers": [self._tier(rows, tier) for tier in range(len(self._tier_names))],
             "decided_by": dict(zip(DECIDED_BY, decided_by, strict=True)),
             "rejected": dict(self._rejected),
+            "shadow": dict(self._shadows),
             "difficulty": {
                 "bins": [i / NUM_BINS for i in range(NUM_BINS)],  # lower ends
                 "counts": list(self._drift.counts),

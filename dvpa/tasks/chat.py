@@ -83,8 +83,9 @@ def as_chat(task: Task, where: str) -> ChatTask:
     """A question and its answer as a user's and an assistant's turn; same id, level and kind."""
     turns = (("user", task.question), (ASSISTANT, task.answer))
     return ChatTask(
-        task.question, task.answer, task.level, task.kind, task.id, task.numeric, turns, where
-    )
+        task.question, task.answer, task.level, task.kind, task.id, task.numeric, turns=turns,
+        where=where,
+    )  # fmt: skip
 
 
 def encode_chat(tokenizer: Any, turns: Sequence[Turn], generation_prompt: bool) -> list[int]:

@@ -35,7 +35,7 @@ class Task:
 
     level: graded difficulty, 0 the easiest; a file without levels reads as 0. kind: what sort of
     task it is. id: 16 hex digits, a hash of the question. numeric: compare as numbers instead of as
-    text (see verify).
+    text (see verify). by_nll: nothing is compared, a tier is as good as it predicts the answer.
     """
 
     question: str
@@ -44,6 +44,7 @@ class Task:
     kind: str
     id: str
     numeric: bool = False
+    by_nll: bool = False
 
     @staticmethod
     def create(question: str, answer: str, level: int, kind: str, numeric: bool = False) -> "Task":

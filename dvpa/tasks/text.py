@@ -3,10 +3,11 @@ each other.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .records import read_text
+from .task_set import Task
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,23 @@ class TextCorpus:
         """Non-blank lines in order, without their line ends: what a tokenizer is trained on."""
         for document in self.documents:
             yield from (line for line in document.split("\n") if line.strip())
+
+    def passages(self, kind: str, characters: int = 320) -> list[Task]:
+        """The text cut at line ends: a passage's first half is the question, the rest its answer,
+        which is scored by its nll.
+        """
+        passages: list[Task] = []
+        lines: list[str] = []
+        for line in self.lines():
+            lines.append(line)
+            if sum(map(len, lines)) >= characters:
+                half = (len(lines) + 1) // 2
+                question, answer = "\n".join(lines[:half]), "\n".join(lines[half:])
+                if question.strip() and answer.strip():
+                    task = Task.create(question, answer, level=0, kind=kind)
+                    passages.append(replace(task, by_nll=True))
+                lines = []
+        return passages
 
     def split(self, validation_fraction: float) -> "tuple[TextCorpus, TextCorpus]":
         """(train, validation): the last `validation_fraction` of the characters, cut after a line

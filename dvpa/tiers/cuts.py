@@ -9,22 +9,25 @@ Wanted: the split of largest total value with total cost <= budget.
    not enough: ordered cuts must pay for the hopeless tail before they reach the middle, so the
    optimum is often far inside the convex hull.
 2. A forward DP over segments keeps, per boundary, the nondominated (cost, value) pairs that can
-   still meet the budget and whose upper bound reaches the best split known. The last cut is a range
-   maximum. It is exact.
+   still meet the budget and whose upper bound reaches the best split known. Boundaries through
+   which no split reaches it are left out beforehand. The last cut is a range maximum. It is exact.
 3. Where that is too large, it runs on a grid of boundaries, then on ever finer windows around the
-   cuts found.
+   cuts found; what that finds may leave so few boundaries that step 2 fits after all.
 
 S segments, M items, boundaries 0 .. M, L labels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from dvpa.tiers.budget import ROUNDING
+
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
+_COARSE = 16_384  # boundaries that a first guess of the price is made on
 MAX_TRANSITIONS = 4_000_000  # of one segment: about a second and 150 MB
 
 
@@ -36,6 +39,7 @@ class Cuts:
     value: float
     cost: float
     is_exact: bool  # proved optimal; otherwise the best found on a refined grid
+    bound: float  # no split under the budget is worth more
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,7 @@ def solve_cuts(
     """
     zero = np.zeros((value.shape[0], 1))
     problem = _Problem(*(np.concatenate([zero, a.cumsum(axis=1)], axis=1) for a in (value, cost)))
-    # Sums in different orders differ in the last bits; meeting the budget exactly must count.
-    limit = budget + 1e-12 * max(1.0, abs(budget))
+    limit = budget + ROUNDING * abs(budget)  # meeting the budget exactly must count
     cheapest = -_completion(problem, 0.0, -1.0)[0, 0]
     if cheapest > limit:
         raise ValueError(
@@ -69,9 +72,12 @@ def solve_cuts(
         )
     price, best = _bisect_price(problem, limit)
     if len(value) == 1:
-        return Cuts((), best.value, best.cost, True)
+        return replace(best, is_exact=True)
     exact = _label_setting(problem, limit, price, best.value, max_transitions)
-    return exact or _search_grid(problem, limit, price, best, max_transitions)
+    if exact is None:
+        best = _search_grid(problem, limit, price, best, max_transitions)
+        exact = _label_setting(problem, limit, price, best.value, max_transitions)
+    return best if exact is None else replace(exact, bound=min(best.bound, exact.value))
 
 
 def _search_grid(
@@ -87,7 +93,7 @@ def _search_grid(
         found = _label_setting(problem.at(grid), budget, price, best.value, max_transitions)
         if found is not None and found.value > best.value:
             boundaries = tuple(grid[list(found.boundaries)].tolist())
-            best = Cuts(boundaries, found.value, found.cost, False)
+            best = Cuts(boundaries, found.value, found.cost, False, best.bound)
         if spacing == 1:
             return best
         spacing = max(1, min(spacing // 2, -(-2 * spacing // reach)))
@@ -103,6 +109,16 @@ def _completion(problem: _Problem, value_weight: float, cost_weight: float) -> F
     for s in range(len(weighted) - 2, -1, -1):
         leave = weighted[s] + best[s + 1]
         best[s] = np.maximum.accumulate(leave[::-1])[::-1] - weighted[s]
+    return best
+
+
+def _approach(problem: _Problem, value_weight: float, cost_weight: float) -> Floats:
+    """[S, M + 1]: the best weighted total over items .. b - 1 when segment s ends at b."""
+    weighted = value_weight * problem.value + cost_weight * problem.cost
+    best = np.empty_like(weighted)
+    best[0] = weighted[0]
+    for s in range(1, len(weighted)):
+        best[s] = weighted[s] + np.maximum.accumulate(best[s - 1] - weighted[s])
     return best
 
 
@@ -134,7 +150,7 @@ def _totals(problem: _Problem, boundaries: tuple[int, ...]) -> tuple[float, floa
 def _bisect_price(problem: _Problem, budget: float) -> tuple[float, Cuts]:
     """The price of the smallest dual bound met, and the best feasible split met on the way."""
     cheapest = _trace(problem, 0.0, -1.0)
-    best = Cuts(cheapest, *_totals(problem, cheapest), False)
+    best = Cuts(cheapest, *_totals(problem, cheapest), False, np.inf)
     best_price, bound = 0.0, np.inf
 
     def is_feasible(price: float) -> bool:
@@ -145,40 +161,48 @@ def _bisect_price(problem: _Problem, budget: float) -> tuple[float, Cuts]:
         if dual < bound:
             best_price, bound = price, dual
         if cost <= budget and (value, -cost) > (best.value, -best.cost):
-            best = Cuts(boundaries, value, cost, False)
+            best = Cuts(boundaries, value, cost, False, np.inf)
         return cost <= budget
 
     if is_feasible(0.0):
-        return best_price, best
-    low, high = 0.0, 1.0
+        return best_price, replace(best, bound=bound)
+    low, high, num_halvings = 0.0, 1.0, 40
+    last = problem.value.shape[1] - 1
+    if last > 2 * _COARSE:  # a part of the boundaries tells nearly the same price
+        grid = np.append(np.arange(0, last, last // _COARSE), last)
+        guess = _bisect_price(problem.at(grid), budget)[0]
+        low, high, num_halvings = guess * (1 - 1e-3), guess * (1 + 1e-3) + 1e-12, 12
+        while low > 1e-9 and is_feasible(low):
+            low, high = low / 2, low
     while high < 1e12 and not is_feasible(high):
         low, high = high, high * 4.0
-    for _ in range(40):
+    for _ in range(num_halvings):
         price = (low + high) / 2
         low, high = (low, price) if is_feasible(price) else (price, high)
-    return best_price, best
+    return best_price, replace(best, bound=bound)
 
 
 def _label_setting(
     problem: _Problem, budget: float, price: float, known: float, max_transitions: int
 ) -> Cuts | None:
     """The exact optimum of at least the known value; None if too large or none fits. S >= 2."""
-    completion = _completion(problem, 1.0, -price)
+    completion, approach = _completion(problem, 1.0, -price), _approach(problem, 1.0, -price)
     cheapest = -_completion(problem, 0.0, -1.0)
     known -= 1e-9 * max(1.0, abs(known))  # keep ties, whatever their rounding
-    num_segments, ends = problem.value.shape[0], np.arange(problem.value.shape[1])
+    num_segments = problem.value.shape[0]
     at, value, cost = np.zeros(1, dtype=np.int64), np.zeros(1), np.zeros(1)
     parents: list[Ints] = []
     positions: list[Ints] = []
     for s in range(num_segments - 2):
+        ends = np.nonzero(approach[s] + completion[s + 1] + price * budget >= known)[0]
         if at.size * ends.size > max_transitions:
             return None
-        new_value = value[:, None] + problem.value[s] - problem.value[s, at][:, None]
-        new_cost = cost[:, None] + problem.cost[s] - problem.cost[s, at][:, None]
-        bound = new_value - price * (new_cost - budget) + completion[s + 1]
-        keep = (ends >= at[:, None]) & (bound >= known) & (new_cost + cheapest[s + 1] <= budget)
-        parent, at = np.nonzero(keep)
-        value, cost = new_value[parent, at], new_cost[parent, at]
+        new_value = value[:, None] + problem.value[s, ends] - problem.value[s, at][:, None]
+        new_cost = cost[:, None] + problem.cost[s, ends] - problem.cost[s, at][:, None]
+        bound = new_value - price * (new_cost - budget) + completion[s + 1, ends]
+        is_affordable = new_cost + cheapest[s + 1, ends] <= budget
+        parent, end = np.nonzero((ends >= at[:, None]) & (bound >= known) & is_affordable)
+        at, value, cost = ends[end], new_value[parent, end], new_cost[parent, end]
         kept = _nondominated(at, value, cost)
         parent, at, value, cost = parent[kept], at[kept], value[kept], cost[kept]
         parents.append(parent)
@@ -192,7 +216,8 @@ def _label_setting(
     for parent, position in zip(reversed(parents), reversed(positions), strict=True):
         boundaries.append(int(position[index]))
         index = int(parent[index])
-    return Cuts(tuple(reversed(boundaries)), float(value[best]), float(cost[best]), True)
+    total = float(value[best])
+    return Cuts(tuple(reversed(boundaries)), total, float(cost[best]), True, total)
 
 
 def _last_cut(

@@ -1,9 +1,10 @@
-"""The telemetry record: one per request, the same fields everywhere, never the prompt."""
+"""Telemetry and shadow records: the same fields everywhere, never the prompt."""
 
 from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any
 
+SHADOW_EVENT = "shadow"  # what marks a line of the access log as a ShadowRecord
 DECIDED_BY = ("tier_map", "override", "cap", "load", "escalation", "fallback")
 
 
@@ -50,3 +51,24 @@ class TelemetryRecord:
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
         }
+
+
+@dataclass(frozen=True)
+class ShadowRecord:
+    """How every tier would have done on a request that the policy routed; never the prompt.
+
+    The top tier's greedy answer is the reference. agreement: 1.0 where the tier's own greedy answer
+    is the same, else 0.0. nll: mean nats per token of that answer at each tier.
+    """
+
+    request_id: str
+    difficulty: float
+    prompt_tokens: int
+    completion_tokens: int  # of the top tier's answer
+    agreement: tuple[float, ...]  # per tier, base first; 1.0 at the top
+    nll: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as JSON-ready values, marked as what it is."""
+        values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        return {"event": SHADOW_EVENT, **values}

@@ -158,11 +158,11 @@ class FileSource:
             if file.chat:
                 raise ValueError(f"data.files: {file.path}: text has no turns: chat must be false")
             if self.data.packed is not None and not file.evaluation_only:
-                return [], _passages(TextCorpus.from_files(path), file.path)
+                return [], TextCorpus.from_files(path).passages(path.stem)
             if fraction == 1.0:
                 raise ValueError(f"data.files: {file.path}: text cannot be evaluation_only")
             parts = TextCorpus.from_files(path).split(fraction)
-            train, held = (_passages(part, file.path) for part in parts)
+            train, held = (part.passages(path.stem) for part in parts)
             return train, held
         read: dict[str, Callable[[Path], TaskSet]] = {
             "gsm8k": load_gsm8k, "svamp": load_svamp, "jsonl": TaskSet.from_jsonl,
@@ -264,21 +264,6 @@ def _fitting(tokenizer: Any, tasks: TaskSet, limit: int) -> TaskSet:
     pairs = encode_tasks(tokenizer, list(tasks))
     kept = [t for t, (p, c) in zip(tasks, pairs, strict=True) if len(p) + len(c) <= limit]
     return TaskSet(tasks.name, tuple(kept))
-
-
-def _passages(corpus: TextCorpus, name: str, characters: int = 320) -> list[Task]:
-    """Cut text into passages at line ends: the first half the prompt, the rest its completion."""
-    passages: list[Task] = []
-    lines: list[str] = []
-    for line in corpus.lines():
-        lines.append(line)
-        if sum(map(len, lines)) >= characters:
-            half = (len(lines) + 1) // 2
-            question, answer = "\n".join(lines[:half]), "\n".join(lines[half:])
-            if question.strip() and answer.strip():
-                passages.append(Task.create(question, answer, level=0, kind=Path(name).stem))
-            lines = []
-    return passages
 
 
 def resolve_data(path: str) -> Path:
