@@ -81,7 +81,8 @@ class OutcomeTable:
 
     def select(self, index: Sequence[int] | IntArray | npt.NDArray[np.bool_]) -> "OutcomeTable":
         """The given rows, in the given order (positions or a boolean mask)."""
-        positions = np.arange(len(self))[np.asarray(index)]
+        chosen = np.asarray(index)
+        positions = np.arange(len(self))[chosen if chosen.size else chosen.astype(np.intp)]
         columns: dict[str, Any] = {}
         for column in fields(self):
             value = getattr(self, column.name)
