@@ -119,11 +119,18 @@ def _list(study: "Study", points: Mapping[tuple[str, int], Any], out: Path) -> N
 
 def _show(results: Mapping[str, Any]) -> None:
     """The configurations, and the reference's goals."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=results["title"], title_justify="left")
-    table.add_column("configuration")
-    for heading in ("quality", "of top", "budget", "APGR", "mixed kind", "ECE", "minus reference"):
+    table = Table(
+        title=results["title"],
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("configuration", no_wrap=True)
+    for heading in ("quality", "of top", "budget", "APGR", "mixed", "ECE", "minus\nfirst"):
         table.add_column(heading, justify="right")
     for row in results["configurations"]:
         if "infeasible" in row:
@@ -133,7 +140,8 @@ def _show(results: Mapping[str, Any]) -> None:
         compared = ""
         if minus:
             low, high = minus["quality"]["ci95"]
-            compared = f"{minus['quality']['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
+            sure = " " if low <= 0 <= high else "*"  # the interval excludes 0
+            compared = f"{minus['quality']['difference']:+.3f}{sure}"
         eces = [tier["mean"] for tier in row["ece_by_tier"]]
         table.add_row(
             row["name"],

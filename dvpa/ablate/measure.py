@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dvpa.ablate.models import MeasuredModel, load_model, write_atomically
-from dvpa.ablate.study import MapVariant, digest
+from dvpa.ablate.study import MEASURE_VERSION, MapVariant, digest
 from dvpa.ablate.sweep import Fitted, MapFitter, most_mixed_kind, sweep_map
 from dvpa.evaluate.baselines import random_mix, spent
 from dvpa.evaluate.metrics import apgr, cpt, pgr
@@ -223,12 +223,17 @@ def point_key(model: str, variant: MapVariant) -> str:
     return f"{model}-{variant.key()}"
 
 
+def model_key(model: str) -> str:
+    """Of the file of a model."""
+    return f"{model}-v{MEASURE_VERSION}"
+
+
 def measure_folder(out: Path, model: str, variants: Mapping[str, Any]) -> None:
     """Measure every map variant of a model, and the model itself, where that is not done yet."""
     folder = out / POINTS
     maps = [MapVariant(**{k: _tuple(v) for k, v in item.items()}) for item in variants["maps"]]
     missing = [variant for variant in maps if not is_measured(out, model, variant)]
-    if not missing and (folder / f"{model}.json").is_file():
+    if not missing and (folder / f"{model_key(model)}.json").is_file():
         return
     measured = load_model(out / "models" / model)
     folder.mkdir(parents=True, exist_ok=True)
@@ -242,7 +247,7 @@ def measure_folder(out: Path, model: str, variants: Mapping[str, Any]) -> None:
         point[0]["seconds"] = time.perf_counter() - began
         save_point(folder, point_key(model, variant), point)
     content = finite(measure_model(measured))
-    write_atomically(folder / f"{model}.json", json.dumps(content, allow_nan=False))
+    write_atomically(folder / f"{model_key(model)}.json", json.dumps(content, allow_nan=False))
 
 
 def is_measured(out: Path, model: str, variant: MapVariant) -> bool:

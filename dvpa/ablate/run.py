@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dvpa.ablate.jobs import Job, Say, run_jobs
-from dvpa.ablate.measure import POINTS, is_measured
+from dvpa.ablate.measure import POINTS, is_measured, model_key
 from dvpa.ablate.models import DONE, write_atomically
 from dvpa.ablate.study import MapVariant, Study
 
@@ -126,7 +126,7 @@ def _jobs(
 
 
 def _all_measured(out: Path, model: str, variants: Sequence[MapVariant]) -> bool:
-    if not (out / POINTS / f"{model}.json").is_file():
+    if not (out / POINTS / f"{model_key(model)}.json").is_file():
         return False
     return all(is_measured(out, model, variant) for variant in variants)
 

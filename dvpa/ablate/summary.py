@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import t as student_t
 
-from dvpa.ablate.measure import POINTS, Point, load_point, point_key
+from dvpa.ablate.measure import POINTS, Point, load_point, model_key, point_key
 from dvpa.ablate.models import DONE
 from dvpa.ablate.run import MODELS, Points
 from dvpa.ablate.study import Configuration, Study
@@ -81,7 +81,7 @@ def _model(out: Path, recipe: str, seed: int, key: str) -> dict[str, Any]:
     return {
         "recipe": recipe,
         "key": key,
-        **json.loads((out / POINTS / f"{key}.json").read_text()),
+        **json.loads((out / POINTS / f"{model_key(key)}.json").read_text()),
         "seed": seed,
         "total_params": done["total_params"],
         "training_flops": done["training_flops"],
