@@ -265,7 +265,7 @@ def main(out: str, model: str) -> int:
     try:
         measure_folder(Path(out), model, plan[model])
     except (ValueError, OSError) as error:
-        print(f"dvpa: error: {error}", file=sys.stderr)
+        sys.stderr.write(f"dvpa: error: {error}\n")
         return 2
     return 0
 
