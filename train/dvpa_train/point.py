@@ -156,7 +156,7 @@ def main(folder: str) -> int:
     try:
         train_point(Path(folder))
     except (ValueError, OSError) as error:
-        print(f"dvpa-train: error: {error}", file=sys.stderr)
+        sys.stderr.write(f"dvpa-train: error: {error}\n")
         return 2
     return 0
 
