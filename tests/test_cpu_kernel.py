@@ -206,7 +206,9 @@ def test_gradients_are_those_of_the_torch_backend(dtype: torch.dtype) -> None:
         ("x", "w_gate_up", "w_down", "weight"), grads["cpu"], grads["torch"], strict=True
     ):
         assert ours.any(), name
-        assert torch.equal(ours, theirs), name
+        # The row's weight meets the activation here and the gradient there: other roundings.
+        tolerance = 8 * torch.finfo(dtype).eps
+        assert (ours - theirs).double().norm() <= tolerance * theirs.double().norm(), name
 
 
 @needs_kernel

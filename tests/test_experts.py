@@ -169,8 +169,8 @@ def test_compiled_without_graph_breaks_it_is_the_same(
         results.append([out.detach(), plain, *(leaf.grad for leaf in leaves)])
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     for eager, traced, name in zip(*results, ["y", "y without gradient", *names], strict=True):
-        if hidden == 7 and dtype == torch.bfloat16:
-            # Eager sums in bf16 here, the operator elsewhere: as near the truth, not bit by bit.
+        if dtype == torch.bfloat16 and (hidden == 7 or backend == "cpu"):
+            # Eager mode rounds to bf16 at other places: as near the truth, not bit by bit.
             difference = (traced - eager).float().norm()
             assert difference <= 1.5e-2 * eager.float().norm(), name
         else:

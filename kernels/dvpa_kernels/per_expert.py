@@ -3,9 +3,10 @@
 `F.grouped_mm` under autograd writes every intermediate of all rows to memory, [R, D] and [R, F] a
 dozen times over; with a large top_k that takes longer than the products. Here the intermediates of
 a block of rows are used up before the next block's overwrite them, and of all rows only h [R, 2F]
-is kept for the backward pass. The operations and their order are those of `moe_mlp_torch`: in fp32
-the results are the same to the last bit where a row's product does not depend on the rows beside it
-(MKL's does for up to three rows, so blocks are of equal size).
+is kept for the backward pass. The products are PyTorch's; what lies between them is one compiled
+pass over memory where there is a compiler (`cpu/train.py`), PyTorch's operators elsewhere.
+
+The gradient of a row's weight is grad . (w_down act) = (grad w_down) . act: no product of its own.
 
 Letters: T tokens, D hidden, F expert width, E experts, R rows, N rows of one expert, B of a block.
 """
@@ -13,17 +14,88 @@ Letters: T tokens, D hidden, F expert width, E experts, R rows, N rows of one ex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from dvpa_kernels.routing import RowRouting
 
-BLOCK_ROWS = 512  # at most
+BLOCK_ROWS = 1024  # at most
 
 _silu = torch.ops.aten.silu.out
 _silu_backward = torch.ops.aten.silu_backward.grad_input
+
+
+class RowOps(Protocol):
+    """What happens to a block of an expert's rows between its products."""
+
+    def gather(self, source_TD: Tensor, token_B: Tensor, out_BD: Tensor) -> None:
+        """out[b] = source[token[b]]."""
+
+    def add(
+        self, sums_TD: Tensor, token_B: Tensor, values_BD: Tensor, weight_B: Tensor | None
+    ) -> None:
+        """sums[token[b]] += weight[b] * values[b]; None: ones."""
+
+    def activation(self, h_B2F: Tensor, act_BF: Tensor) -> None:
+        """act = silu(gate) * up; h holds both, gate first."""
+
+    def slope(
+        self,
+        h_B2F: Tensor,
+        d_act_BF: Tensor,
+        weight_B: Tensor,
+        act_BF: Tensor,
+        d_h_B2F: Tensor,
+        d_weight_B: Tensor,
+    ) -> None:
+        """What the activation and the row's weight send back.
+
+        `d_act` is grad . w_down, before the weight. Written are act = weight * silu(gate) * up, the
+        gradient of h and d_weight = d_act . silu(gate) * up.
+        """
+
+
+class TorchRowOps:
+    """`RowOps` of any dtype; sums in fp32 at least."""
+
+    def gather(self, source_TD: Tensor, token_B: Tensor, out_BD: Tensor) -> None:
+        """As `RowOps.gather`."""
+        torch.index_select(source_TD, 0, token_B, out=out_BD)
+
+    def add(
+        self, sums_TD: Tensor, token_B: Tensor, values_BD: Tensor, weight_B: Tensor | None
+    ) -> None:
+        """As `RowOps.add`."""
+        if weight_B is not None:
+            values_BD = values_BD * weight_B[:, None]
+        sums_TD.index_add_(0, token_B, values_BD.to(sums_TD.dtype))
+
+    def activation(self, h_B2F: Tensor, act_BF: Tensor) -> None:
+        """As `RowOps.activation`."""
+        width = act_BF.shape[1]
+        _silu(h_B2F[:, :width], out=act_BF).mul_(h_B2F[:, width:])
+
+    def slope(
+        self,
+        h_B2F: Tensor,
+        d_act_BF: Tensor,
+        weight_B: Tensor,
+        act_BF: Tensor,
+        d_h_B2F: Tensor,
+        d_weight_B: Tensor,
+    ) -> None:
+        """As `RowOps.slope`."""
+        width = act_BF.shape[1]
+        gate_BF, up_BF = h_B2F[:, :width], h_B2F[:, width:]
+        silu_BF = torch.ops.aten.silu(gate_BF)
+        torch.mul(silu_BF, up_BF, out=act_BF)
+        torch.sum(d_act_BF.to(d_weight_B.dtype) * act_BF, -1, out=d_weight_B)
+        act_BF.mul_(weight_B[:, None])
+        d_act_BF = (d_act_BF * weight_B[:, None]).to(act_BF.dtype)
+        _silu_backward(d_act_BF * up_BF, gate_BF, grad_input=d_h_B2F[:, :width])
+        torch.mul(d_act_BF, silu_BF, out=d_h_B2F[:, width:])
 
 
 @dataclass(frozen=True)
@@ -46,31 +118,41 @@ class _Buffers:
 
 
 def forward_rows(
-    x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, routing: RowRouting
-) -> tuple[Tensor, Tensor]:
-    """(y [T, D], h [R, 2F]); sums over a token's experts are fp32 at least."""
+    ops: RowOps, x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, routing: RowRouting
+) -> tuple[Tensor, list[Tensor]]:
+    """(y [T, D], h [N, 2F] of each expert that has rows); sums over a token's experts are fp32.
+
+    h is not one tensor: memory of its size would come fresh from the system at every step, a fault
+    a page, where the pieces come from what the last step gave back.
+    """
     hidden, width = down_EDF.shape[1:]
     experts = list(_used(routing))
     scratch = _Buffers(x_TD, _largest_block(experts), hidden, width, hidden)
-    h_R2F = x_TD.new_empty(routing.token_index.shape[0], 2 * width)
+    x_TD = x_TD.contiguous()
+    kept = []
     y_TD = torch.zeros_like(x_TD, dtype=_sum_dtype(x_TD))
     for expert in experts:
         up_D2F, down_FD = gate_up_E2FD[expert.number].t(), down_EDF[expert.number].t()
+        first = expert.rows.start
+        h_N2F = x_TD.new_empty(expert.rows.stop - first, 2 * width)
+        kept.append(h_N2F)
         for rows in expert.blocks:
             x_BD, act_BF, out_BD = scratch(slice(rows.stop - rows.start))
-            token_B, h_B2F = routing.token_index[rows], h_R2F[rows]
-            torch.index_select(x_TD, 0, token_B, out=x_BD)
+            token_B = routing.token_index[rows]
+            h_B2F = h_N2F[rows.start - first : rows.stop - first]
+            ops.gather(x_TD, token_B, x_BD)
             torch.mm(x_BD, up_D2F, out=h_B2F)
-            _silu(h_B2F[:, :width], out=act_BF).mul_(h_B2F[:, width:])
+            ops.activation(h_B2F, act_BF)
             torch.mm(act_BF, down_FD, out=out_BD)
-            y_TD.index_add_(0, token_B, (out_BD * routing.weight[rows, None]).to(y_TD.dtype))
-    return y_TD.to(x_TD.dtype), h_R2F
+            ops.add(y_TD, token_B, out_BD, routing.weight[rows])
+    return y_TD.to(x_TD.dtype), kept
 
 
 def backward_rows(
+    ops: RowOps,
     grad_TD: Tensor,
     x_TD: Tensor,
-    h_R2F: Tensor,
+    kept: Sequence[Tensor],
     gate_up_E2FD: Tensor,
     down_EDF: Tensor,
     routing: RowRouting,
@@ -79,46 +161,40 @@ def backward_rows(
     """Gradients of x, w_gate_up, w_down and routing.weight, those in `need`."""
     hidden, width = down_EDF.shape[1:]
     experts = list(_used(routing))
-    busiest = max((e.rows.stop - e.rows.start for e in experts), default=0)
-    # What the weights' gradients sum over all rows of an expert, and what a block needs.
-    of_expert = _Buffers(x_TD, busiest, hidden, hidden, width, 2 * width)
-    scratch = _Buffers(x_TD, _largest_block(experts), width, width, width, hidden)
+    scratch = _Buffers(
+        x_TD, _largest_block(experts), hidden, hidden, width, width, 2 * width, hidden
+    )
+    x_TD = x_TD.contiguous()
     grad_TD = grad_TD.contiguous()  # `.sum()` sends an expanded scalar
-    d_x, d_gate_up, d_down, d_weight = (
+    d_x, d_gate_up, d_down = (
         torch.zeros_like(value) if wanted else None
-        for value, wanted in zip((x_TD, gate_up_E2FD, down_EDF, routing.weight), need, strict=True)
+        for value, wanted in zip((x_TD, gate_up_E2FD, down_EDF), need, strict=False)
     )
     if d_x is not None:
         d_x = d_x.to(_sum_dtype(x_TD))
-    for expert in experts:
+    d_weight = torch.empty_like(routing.weight)
+    for expert, h_N2F in zip(experts, kept, strict=True):
         gate_up_2FD, down_DF = gate_up_E2FD[expert.number], down_EDF[expert.number]
         first = expert.rows.start
         for rows in expert.blocks:
-            x_BD, grad_BD, act_BF, d_h_B2F = of_expert(slice(rows.start - first, rows.stop - first))
-            silu_BF, d_act_BF, product_BF, out_BD = scratch(slice(rows.stop - rows.start))
-            token_B, weight_B1 = routing.token_index[rows], routing.weight[rows, None]
-            gate_BF, up_BF = h_R2F[rows, :width], h_R2F[rows, width:]
-            torch.index_select(x_TD, 0, token_B, out=x_BD)
-            torch.index_select(grad_TD, 0, token_B, out=grad_BD)
-            _silu(gate_BF, out=silu_BF)
-            torch.mul(silu_BF, up_BF, out=act_BF)
-            if d_weight is not None:
-                torch.mm(act_BF, down_DF.t(), out=out_BD)
-                d_weight[rows] = (out_BD.to(d_weight.dtype) * grad_BD).sum(-1)
-            grad_BD.mul_(weight_B1)
+            x_BD, grad_BD, act_BF, d_act_BF, d_h_B2F, d_x_BD = scratch(
+                slice(rows.stop - rows.start)
+            )
+            h_B2F = h_N2F[rows.start - first : rows.stop - first]
+            token_B, weight_B = routing.token_index[rows], routing.weight[rows]
+            ops.gather(grad_TD, token_B, grad_BD)
             torch.mm(grad_BD, down_DF, out=d_act_BF)
-            torch.mul(d_act_BF, up_BF, out=product_BF)
-            _silu_backward(product_BF, gate_BF, grad_input=d_h_B2F[:, :width])
-            torch.mul(d_act_BF, silu_BF, out=d_h_B2F[:, width:])
+            ops.slope(h_B2F, d_act_BF, weight_B, act_BF, d_h_B2F, d_weight[rows])
+            if d_down is not None:
+                d_down[expert.number].addmm_(grad_BD.t(), act_BF)
+            if d_gate_up is not None:
+                ops.gather(x_TD, token_B, x_BD)
+                d_gate_up[expert.number].addmm_(d_h_B2F.t(), x_BD)
             if d_x is not None:
-                torch.mm(d_h_B2F, gate_up_2FD, out=out_BD)
-                d_x.index_add_(0, token_B, out_BD.to(d_x.dtype))
-        x_ND, grad_ND, act_NF, d_h_N2F = of_expert(slice(expert.rows.stop - first))
-        if d_gate_up is not None:
-            torch.mm(d_h_N2F.t(), x_ND, out=d_gate_up[expert.number])
-        if d_down is not None:
-            torch.mm(grad_ND.t(), act_NF, out=d_down[expert.number])
-    return None if d_x is None else d_x.to(x_TD.dtype), d_gate_up, d_down, d_weight
+                torch.mm(d_h_B2F, gate_up_2FD, out=d_x_BD)
+                ops.add(d_x, token_B, d_x_BD, None)
+    d_x = None if d_x is None else d_x.to(x_TD.dtype)
+    return d_x, d_gate_up, d_down, d_weight if need[3] else None
 
 
 def _used(routing: RowRouting) -> Iterator[_Expert]:
@@ -144,17 +220,23 @@ class MoeMlpPerExpert(torch.autograd.Function):
     """`forward_rows` and `backward_rows` as one node of autograd, differentiable once."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w_gate_up: Tensor, w_down: Tensor, *columns: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, ops: RowOps, x: Tensor, w_gate_up: Tensor, w_down: Tensor, *columns: Tensor
+    ) -> Tensor:
         """As `moe_mlp`; the columns of a routing without padding."""
-        y, h = forward_rows(x, w_gate_up, w_down, RowRouting.of_columns(columns, x.shape[0]))
-        ctx.save_for_backward(x, h, w_gate_up, w_down, *columns)
+        routing = RowRouting.of_columns(columns, x.shape[0])
+        y, kept = forward_rows(ops, x, w_gate_up, w_down, routing)
+        ctx.ops, ctx.used = ops, len(kept)
+        ctx.save_for_backward(x, w_gate_up, w_down, *columns, *kept)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """As `backward_rows`."""
-        x, h, w_gate_up, w_down, *columns = ctx.saved_tensors
+        x, w_gate_up, w_down, *rest = ctx.saved_tensors
+        columns, kept = rest[: -ctx.used or None], rest[len(rest) - ctx.used :]
         routing = RowRouting.of_columns(columns, x.shape[0])
-        found = backward_rows(grad, x, h, w_gate_up, w_down, routing, ctx.needs_input_grad[:4])
-        return (*found, None, None, None, None)
+        need = ctx.needs_input_grad[1:5]
+        found = backward_rows(ctx.ops, grad, x, kept, w_gate_up, w_down, routing, need)
+        return (None, *found, None, None, None, None)

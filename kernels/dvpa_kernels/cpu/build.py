@@ -22,7 +22,13 @@ MAIN_SOURCE = SOURCE_FOLDER / "kernels.cpp"
 COMPILERS = ("c++", "g++", "clang++")
 COMPILE_FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-w"),
-    *("-fno-exceptions", "-fno-rtti", "-fno-math-errno", "-ffp-contract=fast"),
+    *(
+        "-fno-exceptions",
+        "-fno-rtti",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-ffp-contract=fast",
+    ),
 )
 BUILD_SECONDS = 300  # a compiler that hangs must not hang the model
 

@@ -66,10 +66,12 @@ using Worker = void (*)(const Problem&);
 // The bf16 instructions serve products only.
 #if defined(__x86_64__)
 #define FORMATS(isa, bf16_isa, run) {isa::run<float>, bf16_isa::run<BF16>, isa::run<F16>}
+#define SINGLE(run) {plain::run, avx2::run, avx512::run, avx512::run}  // fp32 only
 #define WORKERS(run, last_isa)                                                   \
   {FORMATS(plain, plain, run), FORMATS(avx2, avx2, run), FORMATS(avx512, avx512, run), \
    FORMATS(avx512, last_isa, run)}
 #else
+#define SINGLE(run) {plain::run}
 #define WORKERS(run, last_isa) {{plain::run<float>, plain::run<BF16>, plain::run<F16>}}
 #endif
 
@@ -81,6 +83,10 @@ const Worker<Sum> SUM[][3] = WORKERS(run_sum, avx512);
 const Worker<Gate> GATE[][3] = WORKERS(run_gate, avx512);
 const Worker<Rows> ROWS[][3] = WORKERS(run_rows, avx512);
 const Worker<Route> ROUTE[][3] = WORKERS(run_route, avx512);
+const Worker<Gather> GATHER[] = SINGLE(run_gather);
+const Worker<AddRows> ADD_ROWS[] = SINGLE(run_add_rows);
+const Worker<Activation> ACTIVATION[] = SINGLE(run_activation);
+const Worker<Slope> SLOPE[] = SINGLE(run_slope);
 
 // A team costs some microseconds; below this many multiplications for each thread it does not pay.
 constexpr int64_t WORK_PER_THREAD = 1 << 17;
@@ -301,3 +307,4 @@ EXPORT int dvpa_cpu_attention(int isa, int format, int threads, int64_t rows, in
 }
 
 #include "layer.inc"
+#include "train_calls.inc"

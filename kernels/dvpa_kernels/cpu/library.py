@@ -131,6 +131,10 @@ def _declare(library: ctypes.CDLL) -> None:
     library.dvpa_cpu_layers.argtypes = [*choices, size, *[pointer] * 3, *[size] * 2]
     library.dvpa_cpu_layers.argtypes += [*[pointer] * 3, size]
     library.dvpa_cpu_layers.restype = size
+    for name, pointers in (("gather", 3), ("add_rows", 4), ("activation", 2), ("slope", 6)):
+        function = getattr(library, f"dvpa_cpu_train_{name}")
+        function.argtypes = [*choices[:2], *[size] * 2, *[pointer] * pointers]
+        function.restype = None
 
 
 def _open(links_openmp: bool) -> tuple[ctypes.CDLL, Path]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dvpa_kernels.cpu.library import FORMATS, run_kernel, status
+from dvpa_kernels.cpu.train import row_ops
 from dvpa_kernels.per_expert import MoeMlpPerExpert
 from dvpa_kernels.routing import COLUMNS, RowRouting
 from dvpa_kernels.torch_grouped import moe_mlp_torch
@@ -65,7 +66,8 @@ def moe_mlp_cpu(
     y: Tensor
     if wants_grad and not is_traced:
         columns = routing.without_padding().columns
-        y = MoeMlpPerExpert.apply(x, w_gate_up, w_down, *columns)  # type: ignore[no-untyped-call]
+        ops = row_ops(x.dtype)
+        y = MoeMlpPerExpert.apply(ops, x, w_gate_up, w_down, *columns)  # type: ignore[no-untyped-call]
         return y
     if wants_grad or x.dtype not in FORMATS:
         return moe_mlp_torch(x, w_gate_up, w_down, routing)

@@ -119,6 +119,47 @@ struct Route {
   int64_t* next_item;  // one counter for each of the three phases
 };
 
+// The rows of an expert in training, all fp32. R rows, F width, D size; token_index is [R].
+// out[r] = source[token_index[r]].
+struct Gather {
+  const float* source;  // [T, D]
+  const int64_t* token_index;
+  float* out;  // [R, D]
+  int64_t rows, size;
+  int64_t* next_item;
+};
+
+// sums[token_index[r]] += weight[r] * values[r], in the order of the rows.
+struct AddRows {
+  const float* values;  // [R, D]
+  const int64_t* token_index;
+  const float* weight;  // [R], or null for ones
+  float* sums;          // [T, D]
+  int64_t rows, size;
+  int64_t block;  // columns in one item of work
+  int64_t* next_item;
+};
+
+// act = silu(gate) * up.
+struct Activation {
+  const float* gate_up;  // [R, 2F]
+  float* act;            // [R, F]
+  int64_t rows, width;
+  int64_t* next_item;
+};
+
+// What Activation and the product after it send back, from d_act = grad . w_down.
+struct Slope {
+  const float* gate_up;  // [R, 2F]
+  const float* d_act;    // [R, F], before the row's weight
+  const float* weight;   // [R]
+  float* act;            // [R, F]: weight * silu(gate) * up
+  float* d_gate_up;      // [R, 2F]
+  float* d_weight;       // [R]
+  int64_t rows, width;
+  int64_t* next_item;
+};
+
 constexpr int64_t POSITIONS = 32;  // in one block of the online softmax
 constexpr int MAX_HEADS = 24;      // that share a packed cache row
 constexpr int64_t MIN_SPLIT = 128;  // positions
