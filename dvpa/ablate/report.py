@@ -1,14 +1,15 @@
 """results.json, report.html and the figures of a study."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from dvpa.ablate.figures import frontier_png
 from dvpa.ablate.models import write_atomically
-from dvpa.evaluate.figure import DARK, LIGHT, format_params
+from dvpa.ablate.panels import calibration_png, confusion_png, load_png, risk_png, surface_png
+from dvpa.evaluate.figure import DARK, LIGHT, Theme, format_params
 from dvpa.evaluate.markup import document, heat, interval, number, picture, shown, signed, table
 
 _GOALS = {
@@ -19,37 +20,122 @@ _GOALS = {
 }
 
 
+_CAPTIONS = {
+    "frontier": (
+        "Quality against compute",
+        "Bands: 95 % t intervals over seeds. Each marker is a configuration at its own budget.",
+    ),
+    "calibration": (
+        "Calibration, reference configuration",
+        "Test requests in ten bins by what the map promises of a tier; bars are 95 % intervals of "
+        "a bin (Clopper, Pearson).",
+    ),
+    "risk_coverage": (
+        "Risk and coverage, the reference's map",
+        "If only the surest requests were answered, each at the tier it got. The grey line orders "
+        "them by the outcome. Bands: 95 % t intervals over seeds.",
+    ),
+    "confusion": (
+        "Tiers chosen against the oracle's, maps of the reference's recipe",
+        "Rows: the cheapest tier that does best on the request; behind its name, how many requests "
+        "that are. Where no tier is right, that is the base tier. All seeds together.",
+    ),
+    "thresholds": ("How much the thresholds matter, reference recipe", ""),
+    "load": (
+        "Load of the experts in the last stage",
+        "Rows per expert, mean over MoE layers; 1 is an even load. Bands: 95 % t intervals over "
+        "seeds.",
+    ),
+}
+
+
 def write_study(results: Mapping[str, Any], out: Path) -> dict[str, Path]:
     """Write everything atomically; returns the paths by file name."""
-    light, dark = frontier_png(results, LIGHT), frontier_png(results, DARK)
+    pictures = study_pictures(results)
     contents: dict[str, str | bytes] = {
         "results.json": json.dumps(results, indent=1, allow_nan=False) + "\n",
-        "report.html": study_page(results, light, dark),
-        "frontier.png": light,
+        "report.html": study_page(results, pictures),
+        **{f"{name}.png": light for name, (light, _) in pictures.items()},
     }
     for name, content in contents.items():
         write_atomically(out / name, content)
     return {name: out / name for name in contents}
 
 
-def study_page(results: Mapping[str, Any], light: bytes, dark: bytes) -> str:
+def study_pictures(results: Mapping[str, Any]) -> dict[str, tuple[bytes, bytes]]:
+    """Every figure that the results have something for, light and dark, by name."""
+    rows, models = results["configurations"], results["models"]
+    reference, draw = rows[0], {"frontier": lambda theme: frontier_png(results, theme)}
+    maps = [r for r in rows if r["recipe"] == reference["recipe"] and "confusion" in r]
+    names = [tier["name"] for tier in models[0]["tiers"]]
+
+    def confusion(theme: Theme) -> bytes:
+        return confusion_png([(r["map"], r["confusion"]) for r in maps], names, theme)
+
+    if any(curve["tier"] for curve in results.get("calibration", [])):
+        draw["calibration"] = lambda theme: calibration_png(results["calibration"], theme)
+    if results.get("risk_coverage"):
+        draw["risk_coverage"] = lambda theme: risk_png(results["risk_coverage"], theme)
+    if maps:
+        draw["confusion"] = confusion
+    if results.get("surfaces"):
+        draw["thresholds"] = lambda theme: surface_png(results["surfaces"], theme)
+    if any(model["load"] for model in models):
+        draw["load"] = lambda theme: load_png(models, theme)
+    return {name: (function(LIGHT), function(DARK)) for name, function in draw.items()}
+
+
+def study_page(results: Mapping[str, Any], pictures: Mapping[str, tuple[bytes, bytes]]) -> str:
     """The report as one self-contained page."""
     rows = results["configurations"]
     reference = rows[0]
+    parts = {name: _figure(name, both, results) for name, both in pictures.items()}
     sections = [
         _header(results),
         _goals(reference),
-        "<section><h2>Quality against compute</h2><figure>"
-        + picture(light, dark, "Quality against activated parameters of every configuration.")
-        + "<figcaption>Bands: 95 % t intervals over seeds. Each point is a configuration at its "
-        "own budget.</figcaption></figure></section>",
+        parts.get("frontier", ""),
         _configurations(rows),
         _routers(reference),
         _levels(results),
+        parts.get("calibration", ""),
+        parts.get("risk_coverage", ""),
+        parts.get("confusion", ""),
+        parts.get("thresholds", ""),
+        parts.get("load", ""),
+        _load(results["models"]),
         _models(results),
         _environment(results),
     ]
     return document(str(results["title"]), sections)
+
+
+def _figure(name: str, both: tuple[bytes, bytes], results: Mapping[str, Any]) -> str:
+    title, caption = _CAPTIONS[name]
+    if name == "thresholds":
+        caption = _thresholds(results["surfaces"])
+    return (
+        f"<section><h2>{escape(title)}</h2><figure>{picture(*both, title)}"
+        f"<figcaption>{escape(caption)}</figcaption></figure></section>"
+    )
+
+
+def _thresholds(surfaces: Sequence[Mapping[str, Any]]) -> str:
+    """What the surfaces say, in words."""
+    cost = 100 * surfaces[0]["cost"]
+    text = (
+        "Maps of three tiers with both cuts at quantiles of the calibrate split: colour is "
+        "quality, lines are mean activated parameters, of the top tier's. Star: the best pair "
+        f"among those at no more than the reference's cost ({cost:.1f} %), known only afterwards."
+    )
+    for surface in surfaces:
+        if "best" not in surface or "at_this_cost" not in surface:
+            continue
+        low, high = surface["at_this_cost"]
+        text += (
+            f" {surface['tiers'][1]} in the middle: best {surface['best']['quality']:.3f}; pairs "
+            f"of cuts at about that cost reach {low:.3f} to {high:.3f}."
+        )
+    return text
 
 
 def _header(results: Mapping[str, Any]) -> str:
@@ -157,6 +243,31 @@ def _levels(results: Mapping[str, Any]) -> str:
     body.append(f"<tr class=total><th scope=row>all</th>{''.join(total)}</tr>")
     title = f"Accuracy per level and tier, {escape(reference)}"
     return f"<section><h2>{title}</h2>{table(['', *names], body)}</section>"
+
+
+def _load(models: Sequence[Mapping[str, Any]]) -> str:
+    """MaxVio and dead experts by recipe and tier, means over seeds."""
+    if not any(model["load"] for model in models):
+        return ""
+    body = []
+    for recipe in dict.fromkeys(model["recipe"] for model in models):
+        own = [model["load"] for model in models if model["recipe"] == recipe]
+        for name in own[0]:
+            rows = [load[name] for load in own if name in load]
+            means = [
+                sum(row[key] for row in rows) / len(rows)
+                for key in ("max_violation", "worst_layer", "dead_experts")
+            ]
+            body.append(
+                f"<tr><th scope=row>{escape(recipe)}, {escape(name)}</th>"
+                f"<td>{means[0]:.2f}</td><td>{means[1]:.2f}</td><td>{means[2]:.1f}</td>"
+                f"<td>{rows[0]['experts']}</td></tr>"
+            )
+    head = ["recipe, tier", "MaxVio", "worst layer", "dead experts", "of"]
+    return (
+        f"<section>{table(head, body)}<p class=note>MaxVio: busiest expert over mean, minus 1; "
+        "means over seeds. Experts are counted over all MoE layers.</p></section>"
+    )
 
 
 def _models(results: Mapping[str, Any]) -> str:

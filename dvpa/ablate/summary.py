@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import t as student_t
 
+from dvpa.ablate.details import reference_details
+from dvpa.ablate.load import read_load
 from dvpa.ablate.measure import POINTS, Point, load_point, model_key, point_key
 from dvpa.ablate.models import DONE
 from dvpa.ablate.run import MODELS, Points
@@ -53,6 +55,13 @@ def summarise(study: Study, out: Path, points: Points) -> dict[str, Any]:
         if configuration is not reference and "quality" in row:
             row["minus_reference"] = _against(study, configuration, reference, loaded, models)
         configurations.append(row)
+    same_map = {
+        c.recipe.name: [loaded[c.name, seed] for seed in study.seeds]
+        for c in study.configurations
+        if c.map.name == reference.map.name
+    }
+    folders = [out / MODELS / points[reference.recipe.name, seed].key for seed in study.seeds]
+    details = reference_details(same_map[reference.recipe.name], same_map, folders)
     return finite(
         {
             "title": f"Ablation {study.name}",
@@ -66,6 +75,7 @@ def summarise(study: Study, out: Path, points: Points) -> dict[str, Any]:
             "reference": reference.name,
             "goals": GOALS,
             "configurations": configurations,
+            **details,
             "models": [
                 {key: value for key, value in model.items() if key != "requests"}
                 for model in models.values()
@@ -86,6 +96,7 @@ def _model(out: Path, recipe: str, seed: int, key: str) -> dict[str, Any]:
         "total_params": done["total_params"],
         "training_flops": done["training_flops"],
         "stage_seconds": sum(stage["seconds"] for stage in done["stages"]),
+        "load": read_load(out / MODELS / key),
     }
 
 
