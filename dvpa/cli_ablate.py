@@ -57,6 +57,11 @@ def ablate(arguments: argparse.Namespace) -> None:
                 except ValueError as error:
                     raise ValueError(f"recipes: {recipe.name}: {error}") from None
                 points[recipe.name, seed] = found
+            for variant in study.maps_of(recipe.name):
+                try:
+                    variant.columns(found.tier_names)
+                except ValueError as error:
+                    raise ValueError(f"maps: {variant.name}: {error}") from None
     if arguments.dry_run:
         _list(study, points, out)
         return
@@ -129,9 +134,9 @@ def _show(results: Mapping[str, Any]) -> None:
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    table.add_column("configuration", no_wrap=True)
+    table.add_column("configuration")
     for heading in ("quality", "of top", "budget", "APGR", "mixed", "ECE", "minus\nfirst"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in results["configurations"]:
         if "infeasible" in row:
             table.add_row(row["name"], row["infeasible"])

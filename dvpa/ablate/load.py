@@ -1,7 +1,8 @@
 """How evenly the experts of a trained point were used, from its training log.
 
 The log holds the rows that every expert got in the last stage, by layer and tier
-(`logs/load/step-*.csv`; the last step's file is the last stage's).
+(`logs/load/step-*.csv`; the last step's file is the last stage's), and a line every few steps with
+the MaxVio of the rows since the line before (`logs/metrics.csv`).
 """
 
 import csv
@@ -18,6 +19,7 @@ def read_load(folder: Path) -> dict[str, dict[str, Any]]:
     arXiv 2408.15664); `worst_layer`: the largest of them; `dead_experts`: those without a row, of
     all layers; `experts`: of all layers; `sorted`: load / mean of the pool from the busiest expert
     to the idlest, a mean over layers [experts of a layer]; `group_share`: of the rows, by group.
+    `steps`, `violation`: MaxVio along the training, from the step where the tier joined.
     """
     files = sorted((folder / "logs" / "load").glob("step-*.csv"))
     if not files:
@@ -31,6 +33,7 @@ def read_load(folder: Path) -> dict[str, dict[str, Any]]:
             of_tier = groups.setdefault(tier, {})
             group = int(line["group"])
             of_tier[group] = of_tier.get(group, 0) + count
+    course = _course(folder / "logs" / "metrics.csv", list(rows))
     found = {}
     for tier, layers in rows.items():
         load = np.array(list(layers.values()), dtype=float)  # [layers, experts]
@@ -46,5 +49,21 @@ def read_load(folder: Path) -> dict[str, dict[str, Any]]:
             "experts": int(load.size),
             "sorted": [round(float(value), 4) for value in relative.mean(axis=0)],
             "group_share": [round(count / total, 5) for _, count in sorted(groups[tier].items())],
+            "steps": [step for step, _ in course[tier]],
+            "violation": [value for _, value in course[tier]],
         }
+    return found
+
+
+def _course(path: Path, tiers: list[str]) -> dict[str, list[tuple[int, float]]]:
+    """(step, MaxVio) of the log's lines that have one."""
+    found: dict[str, list[tuple[int, float]]] = {tier: [] for tier in tiers}
+    if not path.is_file():
+        return found
+    with path.open(newline="") as file:
+        for line in csv.DictReader(file):
+            for tier in tiers:
+                value = line.get(f"balance/max_violation/{tier}")
+                if value:
+                    found[tier].append((int(line["step"]), round(float(value), 4)))
     return found

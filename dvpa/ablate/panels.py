@@ -22,7 +22,7 @@ def calibration_png(curves: Sequence[Mapping[str, Any]], theme: Theme) -> bytes:
     curves: what `dvpa.evaluate.reliability.reliability` gave, by seed.
     """
     names = list(dict.fromkeys(name for curve in curves for name in curve["tier"]))
-    figure, panels = _grid(len(names), 2.6, theme)
+    figure, panels = _grid(len(names), 2.2, theme)
     for axes, name in zip(panels, names, strict=False):
         style(axes, theme, name)
         axes.plot([0, 1], [0, 1], color=theme.muted, linewidth=1.0)
@@ -78,7 +78,7 @@ def confusion_png(
 
     tables: name and counts [T, T] of each map.
     """
-    figure, panels = _grid(len(tables), 2.5, theme)
+    figure, panels = _grid(len(tables), 2.55, theme)
     shades = _shades(theme)
     for axes, (title, counts) in zip(panels, tables, strict=False):
         table = np.array(counts, dtype=float)
@@ -93,8 +93,8 @@ def confusion_png(
                 fontweight="bold" if row == column else "normal",
             )  # fmt: skip
         same = np.trace(table) / max(table.sum(), 1.0)
-        axes.set_title(f"{title} ({same:.0%} same)", fontsize=9, color=theme.text)
-        axes.set_xticks(range(len(names)), names, fontsize=8)
+        axes.set_title(f"{title}\n{same:.0%} the same", fontsize=9, color=theme.text)
+        axes.set_xticks(range(len(names)), names, fontsize=8, rotation=30)
         rows = [f"{name} {part:.0%}" for name, part in zip(names, _parts(total), strict=True)]
         axes.set_yticks(range(len(names)), rows, fontsize=8)
         axes.tick_params(length=0, colors=theme.text)
@@ -113,16 +113,18 @@ def surface_png(surfaces: Sequence[Mapping[str, Any]], theme: Theme) -> bytes:
     """Quality by colour and cost by contours, over the share of requests below each of two cuts."""
     columns = min(len(surfaces), 3)
     rows = -(-len(surfaces) // columns)
-    figure = blank(0.7 + (4.3 if columns < 3 else 3.4) * rows, theme)
+    figure = blank(0.3 + (4.0 if columns < 3 else 3.1) * rows, theme)
     panels = figure.subplots(rows, columns, squeeze=False)
-    every = [value for s in surfaces for line in s["quality"] for value in line if value is not None]
+    every = [
+        value for s in surfaces for line in s["quality"] for value in line if value is not None
+    ]
     scale = Normalize(min(every), max(every))
     for axes, surface in zip(panels.flat, surfaces, strict=False):
         _surface(axes, surface, scale, theme)
     for axes in list(panels.flat)[len(surfaces) :]:
         axes.set_visible(False)
     image = panels.flat[0].images[0]
-    bar = figure.colorbar(image, ax=panels, fraction=0.03, aspect=28)
+    bar = figure.colorbar(image, ax=panels, fraction=0.03, aspect=22, shrink=0.8)
     bar.set_label("quality", color=theme.text, fontsize=9.5)
     bar.ax.tick_params(colors=theme.text, labelsize=8.5)
     bar.outline.set_visible(False)  # type: ignore[operator]
@@ -144,7 +146,7 @@ def _surface(axes: Axes, surface: Mapping[str, Any], scale: Normalize, theme: Th
         norm=scale, aspect="equal", interpolation="nearest",
     )  # fmt: skip
     low, high = np.nanmin(cost), np.nanmax(cost)
-    levels = [level for level in np.arange(0.1, 1.05, 0.1) if low < level < high]
+    levels = [level for level in np.arange(0.05, 1.0, 0.05) if low < level < high]
     lines = axes.contour(
         share, share, np.ma.masked_invalid(cost), levels=levels, colors=theme.text, linewidths=0.8
     )
@@ -181,40 +183,48 @@ def _cut_labels(surface: Mapping[str, Any]) -> Callable[[float, int], str]:
 
 
 def load_png(models: Sequence[Mapping[str, Any]], theme: Theme) -> bytes:
-    """Load of the experts, busiest first, over the mean of their pool: a panel per tier, a line per
-    recipe (mean over its seeds).
+    """Two rows of panels, one per tier, a line per recipe (mean over its seeds): MaxVio of the rows
+    between two lines of the log, and the last stage's load, busiest expert first.
     """
     names = list(dict.fromkeys(name for model in models for name in model["load"]))
     recipes = list(dict.fromkeys(model["recipe"] for model in models))
-    figure, panels = _grid(len(names), 2.6, theme, sharey=True)
-    for axes, name in zip(panels, names, strict=False):
-        style(axes, theme, name)
-        axes.axhline(1.0, color=theme.muted, linewidth=1.0)
+    figure = blank(4.6, theme)
+    grid = figure.subplots(2, len(names), squeeze=False, sharey="row")
+    highest = 1.0
+    for column, name in enumerate(names):
+        above, below = grid[:, column]
+        style(above, theme, name)
+        style(below, theme)
+        below.axhline(1.0, color=theme.muted, linewidth=1.0)
         for place, recipe in enumerate(recipes):
-            lines = [
-                np.array(model["load"][name]["sorted"])
-                for model in models
-                if model["recipe"] == recipe and name in model["load"]
-            ]
-            if lines:
-                x = np.arange(1, len(lines[0]) + 1, dtype=float)
-                band(axes, x, lines, colours(theme)[place % 4], recipe)
-        axes.set_xticks([1, len(x)])
-        axes.set_ylim(bottom=0)
-    panels[0].legend(frameon=False, fontsize=8.5, labelcolor=theme.text)
-    figure.supxlabel("experts of the tier's pool, busiest first", fontsize=9.5, color=theme.text)
-    figure.supylabel("load / mean of the pool", fontsize=9.5, color=theme.text)
+            own = [m["load"][name] for m in models if m["recipe"] == recipe and name in m["load"]]
+            if not own:
+                continue
+            colour, experts = colours(theme)[place % 4], len(own[0]["sorted"])
+            lines = [np.array(load["sorted"]) for load in own]
+            highest = max(highest, *(float(line.max()) for line in lines))
+            band(below, np.arange(1.0, experts + 1), lines, colour, recipe)
+            below.set_xticks([1, experts])
+            steps = own[0]["steps"]
+            lines = [np.array(load["violation"]) for load in own if load["steps"] == steps]
+            if len(lines) == len(own) and steps:
+                band(above, np.array(steps, dtype=float), lines, colour, recipe)
+        above.set_ylim(bottom=0)
+        above.set_xlabel("step", fontsize=9, color=theme.text)
+        below.set_xlabel("experts, busiest first", fontsize=9, color=theme.text)
+    grid[1, 0].set_ylim(0, 1.15 * highest)
+    grid[0, 0].set_ylabel("MaxVio", fontsize=9, color=theme.text)
+    grid[1, 0].set_ylabel("load / mean", fontsize=9, color=theme.text)
+    grid[1, 0].legend(frameon=False, fontsize=8.5, labelcolor=theme.text, loc="lower left")
     return png(figure)
 
 
-def _grid(
-    count: int, height: float, theme: Theme, sharey: bool = False
-) -> tuple[Figure, list[Axes]]:
-    """A figure of so many panels, four in a row."""
+def _grid(count: int, height: float, theme: Theme) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels, four in a row; they share their axes."""
     columns = max(1, min(count, _WIDE))
     rows = max(1, -(-count // columns))
     figure = blank(0.4 + height * rows, theme)
-    panels = list(figure.subplots(rows, columns, squeeze=False, sharey=sharey).flat)
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
     for axes in panels[count:]:
         axes.set_visible(False)
     return figure, panels

@@ -42,9 +42,10 @@ _CAPTIONS = {
     ),
     "thresholds": ("How much the thresholds matter, reference recipe", ""),
     "load": (
-        "Load of the experts in the last stage",
-        "Rows per expert, mean over MoE layers; 1 is an even load. Bands: 95 % t intervals over "
-        "seeds.",
+        "Load of the experts",
+        "Above: the busiest expert over the mean, minus 1, of the rows between two lines of the "
+        "log, mean over MoE layers. Below: rows per expert in the last stage; 1 is an even load. "
+        "Bands: 95 % t intervals over seeds.",
     ),
 }
 
@@ -140,7 +141,7 @@ def _thresholds(surfaces: Sequence[Mapping[str, Any]]) -> str:
 
 def _header(results: Mapping[str, Any]) -> str:
     seeds = results["seeds"]
-    count = f"{len(results['configurations'])} configurations, {len(seeds)} seeds"
+    count = f"{len(results['configurations'])} configurations, seeds {', '.join(map(str, seeds))}"
     return (
         f"<header><h1>{escape(str(results['title']))}</h1>"
         f"<p class=note>{escape(count)}. Reference: {escape(results['reference'])}. All numbers "
@@ -170,7 +171,7 @@ def _goals(reference: Mapping[str, Any]) -> str:
 
 
 def _configurations(rows: list[Mapping[str, Any]]) -> str:
-    head = ["configuration", "budget", "quality", "of top's cost", "budget off by"]
+    head = ["configuration", "budget", "quality", "of top", "off by"]
     head += ["APGR", "mixed kind", "ECE, worst", "quality minus reference"]
     body = []
     for row in rows:
@@ -196,9 +197,10 @@ def _configurations(rows: list[Mapping[str, Any]]) -> str:
             ]
         body.append(f"<tr>{''.join(cells)}</tr>")
     return (
-        f"<section><h2>Configurations</h2>{table(head, body)}"
+        f"<section class=dense><h2>Configurations</h2>{table(head, body)}"
         "<p class=note>The last column is paired, request by request and seed by seed, with its "
-        "bootstrap interval over both; costs may differ.</p></section>"
+        "bootstrap interval over both; costs may differ. Of top: mean activated parameters, of the "
+        "top tier's; off by: those over the budget, minus 1.</p></section>"
     )
 
 

@@ -64,6 +64,22 @@ class MapVariant:
         content = {k: v for k, v in asdict(self).items() if k not in ("name", "note")}
         return digest({"version": MEASURE_VERSION, **content})
 
+    def columns(self, tier_names: Sequence[str]) -> list[int]:
+        """The tiers that the map may use, of a model with these.
+
+        Raises:
+            ValueError: a tier that the model does not have, or a list of the wrong length.
+        """
+        unknown = [name for name in self.tiers if name not in tier_names]
+        if unknown:
+            raise ValueError(f"tiers: {unknown[0]!r} is not one of {', '.join(tier_names)}")
+        chosen = [t for t, name in enumerate(tier_names) if name in (self.tiers or tier_names)]
+        for name, size in (("shares", len(chosen)), ("cuts", len(chosen) - 1)):
+            given = getattr(self, name)
+            if given and len(given) != size:
+                raise ValueError(f"{name}: {list(given)} must have {size} numbers")
+        return chosen
+
 
 @dataclass(frozen=True)
 class Configuration:

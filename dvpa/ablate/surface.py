@@ -17,7 +17,7 @@ from dvpa.evaluate.baselines import spent
 FloatArray = npt.NDArray[np.float64]
 
 STEPS = 20  # of the shares
-NEAR = 0.02  # costs that count as the same, of the top tier's
+NEAR = 0.02  # below a cost, of the top tier's: what counts as the same
 
 
 def threshold_surfaces(models: Sequence[MeasuredModel], cost: float) -> list[dict[str, Any]]:
@@ -56,7 +56,7 @@ def _surface(models: Sequence[MeasuredModel], middle: int, cost: float) -> dict[
             "quality": float(quality[first, second]),
             "relative_cost": float(costs[first, second]),
         }
-    near = quality[np.abs(costs - cost) <= NEAR]
+    near = quality[(costs <= cost) & (costs >= cost - NEAR)]
     if near.size:
         result["at_this_cost"] = [float(near.min()), float(near.max())]
     return result

@@ -54,16 +54,7 @@ class MapFitter:
 
     def __init__(self, model: MeasuredModel, variant: MapVariant) -> None:
         self.model, self.variant = model, variant
-        names = model.tier_names
-        unknown = [name for name in variant.tiers if name not in names]
-        if unknown:
-            raise ValueError(f"tiers: {unknown[0]!r} is not one of {', '.join(names)}")
-        chosen = [t for t, name in enumerate(names) if name in (variant.tiers or names)]
-        self.columns = np.array(chosen, dtype=np.int64)
-        for name, size in (("shares", len(chosen)), ("cuts", len(chosen) - 1)):
-            given = getattr(variant, name)
-            if given and len(given) != size:
-                raise ValueError(f"{name}: {list(given)} must have {size} numbers")
+        self.columns = np.array(variant.columns(model.tier_names), dtype=np.int64)
         fit, calibrate = model.parts["fit"], model.parts["calibrate"]
         charged = (model.costs(calibrate) + model.overhead)[:, self.columns]
         self._fit = Split(fit.difficulty, fit.quality[:, self.columns])

@@ -127,6 +127,8 @@ tbody th{font-weight:500}
 tr.adaptive th,tr.adaptive td{font-weight:600;
 background:color-mix(in srgb,var(--accent) 12%,transparent)}
 tr.total th,tr.total td{font-weight:600}
+.dense table{font-size:.8125rem}
+.dense th,.dense td{padding:.35rem .4rem}
 .heat{background:color-mix(in srgb,var(--accent) calc(var(--v)*.3),transparent)}
 .better{color:var(--good)}
 .worse{color:var(--bad)}

@@ -46,6 +46,7 @@ class Resolved:
     steps: int
     spec: dict[str, Any]
     model: dict[str, Any] | None  # the model file with its changes; None: as the recipe names it
+    tier_names: list[str]
 
     def write(self, folder: Path) -> None:
         """Make the folder ready for `train_point`."""
@@ -80,7 +81,8 @@ def resolve(recipe: str, overrides: list[str], model: Mapping[str, Any], seed: i
     config.pop("transformers_version", None)
     key = digest({"version": POINT_VERSION, "recipe": content, "model": config})
     steps = sum(stage.steps for stage in found.stages)
-    return Resolved(key, steps, {"recipe": recipe, "overrides": changes, "seed": seed}, changed)
+    spec = {"recipe": recipe, "overrides": changes, "seed": seed}
+    return Resolved(key, steps, spec, changed, [tier["name"] for tier in config["tiers"]])
 
 
 def _changed_model(recipe: str, found: Recipe, model: Mapping[str, Any]) -> dict[str, Any]:
