@@ -13,6 +13,7 @@ from dvpa.cli_output import console, show_status, write_json
 
 if TYPE_CHECKING:
     from dvpa.ablate.jobs import Say
+    from dvpa.ablate.run import Points
     from dvpa.ablate.study import Study
 
 EXAMPLE = "ablation/pico.yaml"
@@ -53,7 +54,13 @@ def ablate(arguments: argparse.Namespace) -> None:
         for recipe in study.recipes:
             for seed in study.seeds:
                 try:
-                    found = resolve(study.recipe, recipe.overrides(), recipe.model, seed)
+                    found = resolve(
+                        study.recipe,
+                        recipe.overrides(),
+                        recipe.model,
+                        seed,
+                        is_text=bool(study.architectures),
+                    )
                 except ValueError as error:
                     raise ValueError(f"recipes: {recipe.name}: {error}") from None
                 points[recipe.name, seed] = found
@@ -65,23 +72,37 @@ def ablate(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         _list(study, points, out)
         return
+    with _progress() as (say, show):
+        results, files = _run(study, out, points, say, show)
+    if not write_json(arguments.json, results):
+        (_show_architectures if study.architectures else _show)(results)
+        console().print(f"report    {files['report.html']}")
+        console().print(f"results   {files['results.json']}")
+
+
+def _run(
+    study: "Study", out: Path, points: "Points", say: "Say", show: "Say"
+) -> tuple[dict[str, Any], dict[str, Path]]:
+    """Train and measure what is missing, then write the results; they and their files."""
+    from dvpa.ablate.architecture_report import write_architectures
+    from dvpa.ablate.architectures import compare
     from dvpa.ablate.report import write_study
     from dvpa.ablate.run import run_points
     from dvpa.ablate.summary import summarise
     from dvpa.ablate.wandb_log import log_study
 
-    with _progress() as (say, show):
-        command = [sys.executable, "-m", "dvpa_train.point"]
-        run_points(study, out, points, command, say, show)
-        show("summary")
+    command = [sys.executable, "-m", "dvpa_train.point"]
+    run_points(study, out, points, command, say, show)
+    show("summary")
+    if study.architectures:
+        results = compare(study, out, points)
+        files = write_architectures(results, out)
+    else:
         results = summarise(study, out, points)
         files = write_study(results, out)
-        if log_study(results, files, out, study.wandb_mode):
-            say(f"W&B: {out / 'wandb'}")
-    if not write_json(arguments.json, results):
-        _show(results)
-        console().print(f"report    {files['report.html']}")
-        console().print(f"results   {files['results.json']}")
+    if log_study(results, files, out, study.wandb_mode):
+        say(f"W&B: {out / 'wandb'}")
+    return results, files
 
 
 @contextmanager
@@ -119,7 +140,8 @@ def _list(study: "Study", points: Mapping[tuple[str, int], Any], out: Path) -> N
     for configuration in study.configurations:
         console().print(f"measure   {configuration.name}")
     total = len(study.configurations) * len(study.seeds)
-    console().print(f"in all    {len(points)} trainings, {total} map points")
+    maps = "" if study.architectures else f", {total} map points"
+    console().print(f"in all    {len(points)} trainings{maps}")
 
 
 def _show(results: Mapping[str, Any]) -> None:
@@ -166,6 +188,35 @@ def _show(results: Mapping[str, Any]) -> None:
             low, high = goal["ci95"]
             detail = f" ({low:+.4f} to {high:+.4f})"
         console().print(f"goal      {name} {_number(goal['value'], 4)}{detail}: {verdict}")
+
+
+def _show_architectures(results: Mapping[str, Any]) -> None:
+    """A line per architecture and tier."""
+    from rich import box
+    from rich.table import Table
+
+    from dvpa.evaluate.figure import format_params
+
+    table = Table(title=results["title"], title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("architecture")
+    for heading in ("total", "activated", "MFLOPs", "trained on", "nll", "minus reference"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in results["architectures"]:
+        minus = row.get("minus_reference")
+        compared = ""
+        if minus:
+            low, high = minus["ci95"]
+            compared = f"{minus['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
+        table.add_row(
+            row["label"],
+            format_params(row["total_params"]),
+            format_params(row["activated_params"]),
+            f"{row['flops_per_token'] / 1e6:.2f}",
+            f"{row['training_flops'] / 1e12:.2f} TF",
+            _number(row["nll"]["mean"], 4),
+            compared,
+        )
+    console().print(table)
 
 
 def _number(value: float | None, digits: int = 3) -> str:

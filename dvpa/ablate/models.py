@@ -20,6 +20,7 @@ from dvpa.evaluate.table import OutcomeTable
 FloatArray = npt.NDArray[np.float64]
 
 SPEC, DONE = "spec.json", "point.json"
+HELD_OUT = "held_out"  # of a point without tier maps: its only table of outcomes
 PARTS = ("fit", "calibrate", "test")
 
 

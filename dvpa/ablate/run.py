@@ -76,10 +76,13 @@ def run_points(
         write_atomically(out / "plan.json", json.dumps(plan, indent=1))
         trainings = [job for job in jobs if job.after is None]
         done = sum(job.is_done() for job in trainings)
+        what, maps = f"{len(study.configurations)} configurations", ""
+        if study.architectures:
+            what = f"{len(study.architectures)} architectures"
+        else:
+            maps = f", {len(study.configurations) * len(study.seeds)} map points"
         say(
-            f"{len(study.configurations)} configurations x {len(study.seeds)} seeds: "
-            f"{len(trainings)} trainings ({done} done), "
-            f"{len(study.configurations) * len(study.seeds)} map points; "
+            f"{what} x {len(study.seeds)} seeds: {len(trainings)} trainings ({done} done){maps}; "
             f"{study.workers} processes of one thread"
         )
         environment = {**os.environ, **dict.fromkeys(_THREADS, "1")}
@@ -101,7 +104,7 @@ def _jobs(
     point: Trainable,
     train_command: Sequence[str],
 ) -> list[Job]:
-    """Training, then measuring."""
+    """Training, then measuring where there are maps."""
     folder = out / MODELS / point.key
     done = folder / DONE
     if not done.is_file():
@@ -113,6 +116,8 @@ def _jobs(
         is_done=done.is_file,
         progress=partial(_progress, folder, point.steps),
     )
+    if study.architectures:
+        return [train]
     variants = study.maps_of(recipe)
     measure = Job(
         name=f"maps on {recipe}, seed {seed}",

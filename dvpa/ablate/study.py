@@ -1,7 +1,8 @@
 """ABLATION.yaml -> the points of a study; strict: every error names its key.
 
 A study is a list of recipe variants times a list of map variants times seeds; `grid` in a variant
-makes it several, `random` takes a sample of the product.
+makes it several, `random` takes a sample of the product. One of `kind: architecture` has no maps:
+its variants are trained and compared by their nll.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from dvpa.tiers.tier_map import KINDS
 # Changes whenever a measurement means something else: what older ones cached is computed again.
 MEASURE_VERSION = 1
 _NAME = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.=%+ ")
+_KINDS = ("maps", "architecture")
 _MODES = ("offline", "online", "disabled")
 
 
@@ -96,7 +98,10 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Study:
-    """A whole ablation; `configurations[0]` is the reference that others are compared with."""
+    """A whole ablation; `configurations[0]` is the reference that others are compared with.
+
+    architectures: of a study of that kind, which has no configurations; `reference` names one.
+    """
 
     name: str
     recipe: str
@@ -105,10 +110,14 @@ class Study:
     workers: int = 2
     resamples: int = 2000
     wandb_mode: str = "offline"
+    architectures: tuple[RecipeVariant, ...] = ()
+    reference: str = ""
 
     @property
     def recipes(self) -> list[RecipeVariant]:
         """Those in use, in order."""
+        if self.architectures:
+            return list(self.architectures)
         return list({c.recipe.name: c.recipe for c in self.configurations}.values())
 
     def maps_of(self, recipe: str) -> list[MapVariant]:
@@ -139,51 +148,67 @@ def load_study(path: str | Path) -> Study:
 
 def parse_study(data: Mapping[str, Any], default_name: str) -> Study:
     """A study from its YAML's content. ValueError as `load_study`, without the file."""
-    known = {"name", "recipe", "recipes", "maps", "seeds", "workers", "resamples", "wandb_mode"}
-    known |= {"reference", "random"}
+    known = {"name", "kind", "recipe", "recipes", "seeds", "workers", "resamples", "wandb_mode"}
+    kind = data.get("kind", "maps")
+    if kind not in _KINDS:
+        raise ValueError(f"kind: {kind!r} is not one of {', '.join(_KINDS)}")
+    known |= {"reference"} if kind == "architecture" else {"maps", "reference", "random"}
     _reject_unknown(data, known, "")
     if not isinstance(data.get("recipe"), str):
         raise ValueError("recipe: the name of a training recipe is missing")
     recipes = [
         r for i, item in enumerate(_list(data, "recipes")) for r in _recipes(item, f"recipes[{i}]")
     ]
-    maps = [m for i, item in enumerate(_list(data, "maps")) for m in _maps(item, f"maps[{i}]")]
-    for key, variants in (("recipes", recipes), ("maps", maps)):
-        names = [variant.name for variant in variants]
-        twice = [name for name in names if names.count(name) > 1]
-        if twice:
-            raise ValueError(f"{key}: the name {twice[0]!r} comes twice")
-    seeds = _seeds(data.get("seeds", [0, 1, 2]))
+    _reject_twins(recipes, "recipes")
     wandb_mode = data.get("wandb_mode", "offline")
     if wandb_mode not in _MODES:
         raise ValueError(f"wandb_mode: {wandb_mode!r} is not one of {', '.join(_MODES)}")
-    return Study(
+    study = Study(
         name=_name(data.get("name", default_name), "name"),
         recipe=data["recipe"],
-        configurations=_product(recipes, maps, data.get("reference"), data.get("random")),
-        seeds=seeds,
+        configurations=(),
+        seeds=_seeds(data.get("seeds", [0, 1, 2])),
         workers=_whole(data.get("workers", 2), "workers", 1),
         resamples=_whole(data.get("resamples", 2000), "resamples", 100),
         wandb_mode=wandb_mode,
     )
+    if kind == "architecture":
+        reference = _reference(data.get("reference"), {"recipe": recipes})["recipe"]
+        return replace(study, architectures=tuple(recipes), reference=reference)
+    maps = [m for i, item in enumerate(_list(data, "maps")) for m in _maps(item, f"maps[{i}]")]
+    _reject_twins(maps, "maps")
+    chosen = _reference(data.get("reference"), {"recipe": recipes, "map": maps})
+    return replace(study, configurations=_product(recipes, maps, chosen, data.get("random")))
+
+
+def _reference(given: Any, variants: Mapping[str, Sequence[Any]]) -> dict[str, str]:
+    """The names of the reference's recipe and map; the first of each where it says nothing."""
+    chosen = {key: of_key[0].name for key, of_key in variants.items()}
+    if given is not None:
+        _mapping(given, "reference")
+        _reject_unknown(given, set(variants), "reference.")
+        chosen |= given
+    for key, of_key in variants.items():
+        names = [variant.name for variant in of_key]
+        if chosen[key] not in names:
+            raise ValueError(f"reference.{key}: {chosen[key]!r} is not one of {', '.join(names)}")
+    return chosen
+
+
+def _reject_twins(variants: Sequence[Any], key: str) -> None:
+    names = [variant.name for variant in variants]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{key}: the name {twice[0]!r} comes twice")
 
 
 def _product(
     recipes: Sequence[RecipeVariant],
     maps: Sequence[MapVariant],
-    reference: Any,
+    first: Mapping[str, str],
     sample: Any,
 ) -> tuple[Configuration, ...]:
     """The configurations, the reference first; a sample keeps it."""
-    first = {"recipe": recipes[0].name, "map": maps[0].name}
-    if reference is not None:
-        _mapping(reference, "reference")
-        _reject_unknown(reference, set(first), "reference.")
-        first |= reference
-    for key, variants in (("recipe", recipes), ("map", maps)):
-        names = [variant.name for variant in variants]
-        if first[key] not in names:
-            raise ValueError(f"reference.{key}: {first[key]!r} is not one of {', '.join(names)}")
     every = [Configuration(r, m) for r, m in itertools.product(recipes, maps)]
     every.sort(key=lambda c: (c.recipe.name, c.map.name) != (first["recipe"], first["map"]))
     if sample is None:
