@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dvpa import __version__, cli_calibrate, cli_evaluate
+from dvpa import __version__, cli_ablate, cli_calibrate, cli_evaluate
 from dvpa import cli_commands as run
 from dvpa.cli_assemble import add_assemble_arguments, assemble
 from dvpa.cli_convert import add_convert_arguments, add_export_arguments
@@ -129,6 +129,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     cli_calibrate.add_calibrate_arguments(calibrate)
     _add_json(calibrate)
+
+    ablate = add(
+        "ablate",
+        cli_ablate.ablate,
+        "sweep recipes and tier maps over seeds, in pairs, and report; resumable",
+        cli_ablate.EXAMPLE,
+    )
+    cli_ablate.add_ablate_arguments(ablate)
+    _add_json(ablate)
 
     evaluate = add(
         "evaluate", cli_evaluate.evaluate, "run lm-eval's tasks at any tier", cli_evaluate.EXAMPLE

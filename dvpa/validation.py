@@ -36,10 +36,15 @@ def validate_config(config: Any) -> None:
     _validate_attention(config)
     if config.qk_rope_head_dim % 2:
         raise ValueError(f"qk_rope_head_dim: {config.qk_rope_head_dim} must be even")
-    if not 0 <= config.first_k_dense_replace < config.num_hidden_layers:
+    if not 0 <= config.first_k_dense_replace <= config.num_hidden_layers:
         raise ValueError(
             f"first_k_dense_replace: {config.first_k_dense_replace} must be in "
-            f"0 .. num_hidden_layers - 1 = {config.num_hidden_layers - 1}"
+            f"0 .. num_hidden_layers = {config.num_hidden_layers}"
+        )
+    if config.first_k_dense_replace == config.num_hidden_layers and config.num_tiers > 1:
+        raise ValueError(
+            f"first_k_dense_replace: {config.first_k_dense_replace} leaves no layer with experts, "
+            f"but there are {config.num_tiers} tiers"
         )
     if config.n_routed_experts % config.n_group:
         raise ValueError(

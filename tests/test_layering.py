@@ -1,7 +1,7 @@
 """Imports run one way. Read with `ast`, so lazy and TYPE_CHECKING imports count too.
 
-config -> pricing -> tiers -> ops -> model -> checkpoint -> engine -> server, evaluate -> cli;
-tasks need nothing but config. Only `dvpa.ops` imports the kernels, only the cli reaches into
+config -> pricing -> tiers -> ops -> model -> checkpoint -> engine -> server, evaluate -> ablate ->
+cli; tasks need nothing but config. Only `dvpa.ops` imports the kernels, only the cli reaches into
 training, and the kernels import nothing of ours.
 """
 
@@ -37,6 +37,7 @@ RANKS = {
     "dvpa.engine": 6,
     "dvpa.server": 7,
     "dvpa.evaluate": 7,
+    "dvpa.ablate": 7.5,
     "dvpa.cli": 8,
     "dvpa.__main__": 9,
 }

@@ -196,6 +196,7 @@ def test_every_router_is_there_and_spends_what_adaptive_spends(rows: dict[str, A
         "adaptive",
         "oracle",
         "oracle_at_budget",
+        "dataset_oracle",
     }
     target = rows["adaptive"]["mean_activated_params"]
     for name in matched:

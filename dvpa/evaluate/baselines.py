@@ -191,11 +191,16 @@ def uncertainty_scores(
 
     None if the tables were collected without it.
     """
-    tables = (fit, calibrate, test)
-    if any(np.isnan(table.uncertainty).any() for table in tables):
+    signals = [table.uncertainty for table in (fit, calibrate, test)]
+    if any(np.isnan(signal).any() for signal in signals):
         return None
-    order = np.sort(fit.uncertainty)
-    scaled = [np.searchsorted(order, table.uncertainty) / len(order) for table in tables]
+    return quantile_scores(signals[0], signals[1], signals[2])
+
+
+def quantile_scores(fit: FloatArray, calibrate: FloatArray, test: FloatArray) -> Scores:
+    """A signal in any unit, higher is harder, as its quantile on the fit split."""
+    order = np.sort(fit)
+    scaled = [np.searchsorted(order, signal) / len(order) for signal in (fit, calibrate, test)]
     return Scores(*scaled)
 
 

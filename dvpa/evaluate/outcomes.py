@@ -22,7 +22,7 @@ from dvpa.evaluate.table import OutcomeTable
 from dvpa.tasks.encoding import encode_tasks, left_pad, right_pad
 from dvpa.tasks.task_set import Task
 
-__all__ = ["OutcomeTable", "collect_outcomes", "collect_text_nll"]
+__all__ = ["OutcomeTable", "collect_entropy", "collect_outcomes", "collect_text_nll"]
 
 Progress = Callable[[int, int], None]  # (sequences done, sequences in total)
 
@@ -88,6 +88,32 @@ def collect_text_nll(
     table = _collect(model, pairs, batch_size, progress)
     excess = np.maximum(table.nll - table.nll[:, -1:], 0.0)
     return replace(table, quality=np.exp(-excess), kind=["text"] * len(pairs))
+
+
+def collect_entropy(
+    model: Any, tokenizer: Any, tasks: Sequence[Task], batch_size: int = 256
+) -> npt.NDArray[np.float64]:
+    """Entropy, in nats, of the base tier's distribution of the first answer token [N].
+
+    What the pass that scores a prompt knows anyway; no answer is decoded.
+    """
+    prompts = [prompt for prompt, _ in encode_tasks(tokenizer, tasks)]
+    order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
+    entropy = np.empty(len(prompts))
+    with _evaluating(model):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            ids, mask = left_pad([prompts[row] for row in rows], pad_id=0)
+            output = model(
+                torch.from_numpy(ids).to(model.device),
+                attention_mask=torch.from_numpy(mask).to(model.device),
+                tiers=0,
+                use_cache=False,
+                logits_to_keep=1,
+            )
+            log_p = output.logits[:, -1].float().log_softmax(dim=-1)
+            entropy[rows] = -(log_p.exp() * log_p).sum(dim=-1).double().cpu().numpy()
+    return entropy
 
 
 def _collect(

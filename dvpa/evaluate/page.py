@@ -1,12 +1,12 @@
 """report.html: one self-contained page, light and dark, readable on a phone; all text escaped."""
 
-import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
 from dvpa.evaluate.calibration_page import calibration_section
-from dvpa.evaluate.figure import DARK, LIGHT, Theme, format_params
+from dvpa.evaluate.figure import format_params
+from dvpa.evaluate.markup import document, heat, interval, number, picture, shown, signed, table
 
 # What each row of the router table is; shown under the table.
 _EXPLAINED = {
@@ -16,6 +16,7 @@ _EXPLAINED = {
     "tfidf": "base-tier failure predicted from character n-grams, at adaptive's cost",
     "cascade": "asks the base tier first and again higher up if it was unsure; both calls are paid",
     "adaptive": "the difficulty head and the tier map, as shipped with the checkpoint",
+    "dataset_oracle": "knows how each tier does on each kind of task, at adaptive's cost",
     "oracle_at_budget": "the best choice with all outcomes known, at adaptive's cost",
     "oracle": "per request the cheapest tier that does best",
     "fixed": "an ordinary mixture of experts, not trained to be elastic, run at the tier's k",
@@ -37,14 +38,7 @@ def render_page(report: Mapping[str, Any], light_png: bytes, dark_png: bytes) ->
         _samples(report),
         _environment(report),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>{_style()}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return document(title, sections)
 
 
 def _header(report: Mapping[str, Any], title: str) -> str:
@@ -66,13 +60,13 @@ def _header(report: Mapping[str, Any], title: str) -> str:
             f"<b>{100 * cost:.0f} %</b> of its activated parameters.</p>"
         )
         facts = [
-            ("quality, adaptive", _number(adaptive["quality"])),
-            (f"quality, always {top['name']}", _number(top["quality"])),
+            ("quality, adaptive", number(adaptive["quality"])),
+            (f"quality, always {top['name']}", number(top["quality"])),
             ("activated, adaptive", format_params(adaptive["mean_activated_params"])),
             (f"activated, {top['name']}", format_params(top["activated_params"])),
             (
-                f"APGR (random mix: {_number(report.get('random_apgr', 0.5), 2)})",
-                _number(report["apgr"], 2),
+                f"APGR (random mix: {number(report.get('random_apgr', 0.5), 2)})",
+                number(report["apgr"], 2),
             ),
         ]
     cells = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts)
@@ -83,18 +77,15 @@ def _header(report: Mapping[str, Any], title: str) -> str:
 
 
 def _figure(report: Mapping[str, Any], light_png: bytes, dark_png: bytes) -> str:
-    light, dark = (base64.b64encode(png).decode() for png in (light_png, dark_png))
     described = "; ".join(
-        f"{tier['name']} {_number(tier['quality'])} at {format_params(tier['activated_params'])}"
+        f"{tier['name']} {number(tier['quality'])} at {format_params(tier['activated_params'])}"
         for tier in report["tiers"]
     )
-    interval = "t intervals over seeds" if len(report["seeds"]) > 1 else "bootstrap over requests"
+    bars = "t intervals over seeds" if len(report["seeds"]) > 1 else "bootstrap over requests"
     return (
-        "<section><h2>Quality against compute</h2><figure><picture>"
-        f'<source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{dark}">'
-        f'<img src="data:image/png;base64,{light}" '
-        f'alt="Quality-compute frontier. Always: {escape(described)}.">'
-        f"</picture><figcaption>Bars: 95 % {interval}. "
+        "<section><h2>Quality against compute</h2><figure>"
+        + picture(light_png, dark_png, f"Quality-compute frontier. Always: {described}.")
+        + f"<figcaption>Bars: 95 % {bars}. "
         "Curves are realised on the test requests, with budgets set on "
         "the fit and calibrate splits.</figcaption></figure></section>"
     )
@@ -112,14 +103,14 @@ def _routers(report: Mapping[str, Any]) -> str:
             share = row["mean_activated_params"] / report["tiers"][-1]["activated_params"]
         cells = [
             f"<th scope=row>{escape(_label(name))}</th>",
-            f"<td>{_number(row['quality'])}</td>",
-            f"<td class=quiet>{_interval(row.get('ci95'))}</td>",
+            f"<td>{number(row['quality'])}</td>",
+            f"<td class=quiet>{interval(row.get('ci95'))}</td>",
             f"<td>{format_params(row['mean_activated_params'])}</td>",
             f"<td>{100 * share:.0f}&nbsp;%</td>",
-            f"<td>{_difference(difference)}</td>",
+            f"<td>{signed(difference)}</td>",
         ]
         if timed:
-            cells.append(f"<td>{_number(row.get('ms_per_request'), 1)}</td>")
+            cells.append(f"<td>{number(row.get('ms_per_request'), 1)}</td>")
         mark = " class=adaptive" if name == "adaptive" else ""
         body.append(f"<tr{mark}>{''.join(cells)}</tr>")
     if timed:
@@ -131,7 +122,7 @@ def _routers(report: Mapping[str, Any]) -> str:
         if key in _EXPLAINED
     )
     return (
-        f"<section><h2>Routers at equal cost</h2>{_table(head, body)}"
+        f"<section><h2>Routers at equal cost</h2>{table(head, body)}"
         f"<dl class=legend>{notes}</dl></section>"
     )
 
@@ -145,18 +136,18 @@ def _levels(report: Mapping[str, Any]) -> str:
         cells = [f"<th scope=row>level {escape(str(level))}</th>"]
         if counts:
             cells.append(f"<td class=quiet>{counts[index]:,.0f}</td>")
-        cells += [_heat(tier["quality_by_level"][index]) for tier in tiers]
+        cells += [heat(tier["quality_by_level"][index]) for tier in tiers]
         body.append(f"<tr>{''.join(cells)}</tr>")
     total = ["<th scope=row>all</th>"]
     if counts:
         total.append(f"<td class=quiet>{sum(counts):,.0f}</td>")
-    total += [_heat(tier["quality"]) for tier in tiers]
+    total += [heat(tier["quality"]) for tier in tiers]
     body.append(f"<tr class=total>{''.join(total)}</tr>")
     price = ["<th scope=row>activated</th>", *(["<td></td>"] if counts else [])]
     price += [f"<td class=quiet>{format_params(tier['activated_params'])}</td>" for tier in tiers]
     body.append(f"<tr>{''.join(price)}</tr>")
     head = ["", *(["requests"] if counts else []), *(str(tier["name"]) for tier in tiers)]
-    return f"<section><h2>Accuracy per level and tier</h2>{_table(head, body)}</section>"
+    return f"<section><h2>Accuracy per level and tier</h2>{table(head, body)}</section>"
 
 
 def _difficulty(report: Mapping[str, Any]) -> str:
@@ -173,13 +164,13 @@ def _difficulty(report: Mapping[str, Any]) -> str:
     ]
     body = [
         f"<tr><th scope=row>{escape(label)}</th>"
-        + "".join(f"<td>{_number(value, digits)}</td>" for value in values)
+        + "".join(f"<td>{number(value, digits)}</td>" for value in values)
         + "</tr>"
         for label, values, digits in lines
         if values is not None
     ]
     return (
-        f"<section><h2>Difficulty and calibration</h2>{_table(['', *names], body)}"
+        f"<section><h2>Difficulty and calibration</h2>{table(['', *names], body)}"
         "<p class=note>Per tier, on the test requests. AUROC 0.5 is a coin.</p></section>"
     )
 
@@ -195,11 +186,11 @@ def _kinds(report: Mapping[str, Any]) -> str:
     for kind in kinds:
         cells = [f"<th scope=row>{escape(str(kind['kind']))}</th>"]
         cells.append(f"<td class=quiet>{kind['num_requests']:,.0f}</td>")
-        cells += [_heat(value) for value in kind["quality_by_tier"]]
-        cells += [f"<td>{_number(kind[key])}</td>" for key in ("auroc_base", "auroc_base_length")]
+        cells += [heat(value) for value in kind["quality_by_tier"]]
+        cells += [f"<td>{number(kind[key])}</td>" for key in ("auroc_base", "auroc_base_length")]
         body.append(f"<tr>{''.join(cells)}</tr>")
     return (
-        f"<section><h2>Within each kind of task</h2>{_table(head, body)}"
+        f"<section><h2>Within each kind of task</h2>{table(head, body)}"
         "<p class=note>AUROC of failing at the base "
         "tier, among requests of one kind: recognising the kind earns nothing here.</p></section>"
     )
@@ -221,7 +212,7 @@ def _samples(report: Mapping[str, Any]) -> str:
             f"<span class=tag>{escape(str(tier))}</span>"
         )
         fields = "".join(
-            f"<div><dt>{escape(str(key))}</dt><dd>{escape(_value(value))}</dd></div>"
+            f"<div><dt>{escape(str(key))}</dt><dd>{escape(shown(value))}</dd></div>"
             for key, value in telemetry.items()
         )
         blocks.append(
@@ -237,19 +228,11 @@ def _environment(report: Mapping[str, Any]) -> str:
     items = {"seeds": ", ".join(map(str, report["seeds"]))}
     if report.get("wall_seconds") is not None:
         items["wall time"] = f"{report['wall_seconds']:,.0f} s"
-    items |= {str(key): _value(value) for key, value in report["environment"].items()}
+    items |= {str(key): shown(value) for key, value in report["environment"].items()}
     fields = "".join(
         f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in items.items()
     )
     return f"<section><h2>Environment</h2><dl class='legend fields'>{fields}</dl></section>"
-
-
-def _table(head: Sequence[str], body: Sequence[str]) -> str:
-    cells = "".join(f"<th scope=col>{escape(name)}</th>" for name in head)
-    return (
-        f"<div class=scroll><table><thead><tr>{cells}</tr></thead>"
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )
 
 
 def _explained_key(name: str) -> str:
@@ -259,96 +242,3 @@ def _explained_key(name: str) -> str:
 
 def _label(name: str) -> str:
     return name.replace("_", " ")
-
-
-def _number(value: Any, digits: int = 3) -> str:
-    return "&ndash;" if value is None else f"{value:.{digits}f}"
-
-
-def _interval(interval: Sequence[float | None] | None) -> str:
-    if interval is None or None in interval:
-        return "&ndash;"
-    return f"{interval[0]:.3f}&nbsp;to&nbsp;{interval[1]:.3f}"
-
-
-def _difference(difference: Mapping[str, Any]) -> str:
-    if difference.get("difference") is None:
-        return ""
-    low, high = difference["ci95"]
-    sure = "" if low <= 0 <= high else (" class=better" if low > 0 else " class=worse")
-    return (
-        f"<span{sure}>{difference['difference']:+.3f}</span> "
-        f"<span class=quiet>{low:+.3f}&nbsp;to&nbsp;{high:+.3f}</span>"
-    )
-
-
-def _heat(value: float | None) -> str:
-    if value is None:
-        return "<td>&ndash;</td>"
-    return f'<td class=heat style="--v:{100 * min(max(value, 0.0), 1.0):.0f}%">{value:.3f}</td>'
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(_value(item) for item in value)
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_value(item)}" for key, item in value.items())
-    return "none" if value is None else str(value)
-
-
-def _variables(theme: Theme) -> str:
-    return (
-        f"--bg:{theme.background};--fg:{theme.text};--muted:{theme.muted};--line:{theme.grid};"
-        f"--accent:{theme.adaptive};--good:{theme.oracle};--bad:{theme.length}"
-    )
-
-
-def _style() -> str:
-    return (
-        f":root{{{_variables(LIGHT)}}}@media(prefers-color-scheme:dark){{:root{{{_variables(DARK)}}}}}"
-        + _RULES
-    )
-
-
-_RULES = """
-*{box-sizing:border-box}
-body{margin:0;background:var(--bg);color:var(--fg);
-font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue","DejaVu Sans",sans-serif}
-main{max-width:58rem;margin:0 auto;padding:2.5rem 1.25rem 4rem}
-h1{font-size:1.75rem;line-height:1.2;margin:0 0 .75rem}
-h2{font-size:1.15rem;margin:2.75rem 0 .75rem}
-.lead{font-size:1.15rem;margin:0 0 .25rem;max-width:40rem}
-.note,figcaption,.quiet{color:var(--muted)}
-.note,figcaption{font-size:.875rem;margin:.5rem 0 0}
-.quiet{font-weight:400}
-dl{margin:1rem 0 0}
-dt{color:var(--muted);font-size:.8125rem}
-dd{margin:0;overflow-wrap:anywhere}
-.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:1rem;
-border-block:1px solid var(--line);padding:1rem 0}
-.facts dd{font-size:1.5rem;font-weight:600;font-variant-numeric:tabular-nums}
-.legend{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));
-gap:.5rem 1.5rem;font-size:.875rem}
-.fields{grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr))}
-figure{margin:0}
-img{display:block;width:100%;height:auto}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-size:.9375rem;font-variant-numeric:tabular-nums}
-th,td{padding:.4rem .75rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
-th:first-child{text-align:left;padding-left:.4rem}
-thead th{color:var(--muted);font-weight:500;font-size:.8125rem;vertical-align:bottom}
-tbody th{font-weight:500}
-tr.adaptive th,tr.adaptive td{font-weight:600;
-background:color-mix(in srgb,var(--accent) 12%,transparent)}
-tr.total th,tr.total td{font-weight:600}
-.heat{background:color-mix(in srgb,var(--accent) calc(var(--v)*.3),transparent)}
-.better{color:var(--good)}
-.worse{color:var(--bad)}
-details{border-bottom:1px solid var(--line);padding:.6rem 0}
-summary{cursor:pointer;overflow-wrap:anywhere}
-summary .quiet{margin-left:.5rem;font-size:.875rem}
-code{font:.9375rem/1.4 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
-.tag{float:right;color:var(--accent);font-weight:600;font-size:.875rem;margin-left:.75rem}
-"""

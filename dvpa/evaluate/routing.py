@@ -42,6 +42,7 @@ from dvpa.evaluate.metrics import (
     pgr_curve,
     spearman,
 )
+from dvpa.evaluate.rivals import Choice, rival_choices
 from dvpa.evaluate.table import OutcomeTable
 from dvpa.tiers.tier_map import TierMap
 
@@ -135,7 +136,7 @@ def compare_routers(
     A row: quality, mean_activated_params, ci95 (bootstrap over requests), standard_error,
     relative_cost (of the top tier), tier_share [T], and `adaptive_minus`: {difference, ci95,
     standard_error} of the paired bootstrap. Rows: always_<tier>, random, length, tfidf, cascade
-    (both calls charged), adaptive, oracle_at_budget, oracle.
+    (both calls charged), adaptive, dataset_oracle, oracle_at_budget, oracle.
     """
     tier_costs = np.asarray(tier_map.costs, dtype=float)
     names = list(tier_map.tier_names)
@@ -158,40 +159,34 @@ def compare_routers(
     target = spent(costs + extra, adaptive)
     kind = baseline_kind or tier_map.kind
 
-    # router -> (tier that answered [N], cost of answering at each tier [T])
-    choices: dict[str, tuple[IntArray, FloatArray]] = {
-        f"always_{name}": (np.full(len(test), tier, dtype=np.int64), whole_price)
+    choices = {
+        f"always_{name}": Choice(np.full(len(test), tier, dtype=np.int64), whole_price)
         for tier, name in enumerate(names)
     }
     mix = random_mix(costs.mean(axis=0), target)
-    scored = {"length": (length_scores(fit, calibrate, test, seed), False)}
     if questions is not None and tfidf is None:
         tfidf = question_scores(fit, calibrate, test, questions, seed)
-    if tfidf is not None:
-        scored["tfidf"] = (tfidf, False)
-    uncertainty = uncertainty_scores(fit, calibrate, test)
-    if uncertainty is not None:
-        scored["cascade"] = (uncertainty, True)
-    for name, (scores, pays_twice) in scored.items():
-        prices = cascade_costs(costs) if pays_twice else costs
-        fitted_with = cascade_costs(tier_costs) if pays_twice else tier_costs
-        tiers = route_by_score(
-            scores, fit, calibrate, fitted_with.tolist(), names, target, kind, seed, prices
-        )
-        choices[name] = (tiers, prices)
-    choices["adaptive"] = (adaptive, costs + extra)
-    least = float(costs[:, 0].mean())
-    budget_oracle = oracle_tiers_at_budget(quality, costs, max(target, least))
-    choices["oracle_at_budget"] = (budget_oracle, costs)
-    choices["oracle"] = (oracle_tiers(quality), costs)
-
-    order = [*(f"always_{name}" for name in names), "random", *scored]
-    order += ["adaptive", "oracle_at_budget", "oracle"]
+    scores = {} if tfidf is None else {"tfidf": tfidf}
+    rivals = rival_choices(
+        fit,
+        calibrate,
+        test,
+        tier_costs.tolist(),
+        names,
+        costs,
+        target,
+        scores=scores,
+        kind=kind,
+        seed=seed,
+    )
+    choices |= {"adaptive": Choice(adaptive, costs + extra), **rivals}
+    oracles = [name for name in rivals if "oracle" in name]
+    order = [*(f"always_{name}" for name in names), "random"]
+    order += [name for name in rivals if name not in oracles]
+    order += ["adaptive", *oracles]
     values = {
-        name: (whole_quality if name.startswith("always_") else quality)[
-            np.arange(len(test)), tiers
-        ]
-        for name, (tiers, _) in choices.items()
+        name: choice.quality(whole_quality if name.startswith("always_") else quality)
+        for name, choice in choices.items()
     }
     values["random"] = mix.expected(quality)
     columns = np.stack([values[name] for name in order], axis=1)
@@ -207,9 +202,9 @@ def compare_routers(
             share[mix.low] += 1 - mix.share
             mean_cost = float(share @ costs.mean(axis=0))
         else:
-            tiers, charged = choices[name]
-            share = np.bincount(tiers, minlength=len(names)) / len(tiers)
-            mean_cost = spent(charged, tiers)
+            choice = choices[name]
+            share = np.bincount(choice.tiers, minlength=len(names)) / len(choice.tiers)
+            mean_cost = spent(choice.prices, choice.tiers)
         row: dict[str, Any] = {
             "quality": float(values[name].mean()),
             "mean_activated_params": mean_cost,

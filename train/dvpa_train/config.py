@@ -251,7 +251,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     path = find_config(path)
     data = load_yaml(path)
     for override in overrides or []:
-        _apply_override(data, override)
+        apply_override(data, override)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Recipe, as_group=False)
     try:
@@ -263,7 +263,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     return recipe
 
 
-def _apply_override(data: dict[str, Any], override: str) -> None:
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set one key of nested YAML content, `a.b=c`; list items by index or by their `name`."""
     name, equals, text = override.partition("=")
     if not equals or not name:
         raise ValueError(f"--set {override}: must look like key.subkey=value")

@@ -11,7 +11,6 @@ import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from dvpa.tasks.encoding import encode_tasks
 from dvpa_train.baselines import baseline_rows
 from dvpa_train.config import load_recipe
 from dvpa_train.main import WHOLE, TrainedRun, routed_costs, run_recipe
+from dvpa_train.processes import end_with
 from dvpa_train.tables import print_report
 
 RECIPE = "train/nano.yaml"
@@ -68,24 +68,13 @@ def run_demo(
         reports = [_one_seed(*jobs[0])]
     else:
         spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(2, spawn, _end_with, (os.getpid(),)) as pool:
+        with ProcessPoolExecutor(2, spawn, end_with, (os.getpid(),)) as pool:
             reports = list(pool.map(_one_seed, *zip(*jobs, strict=True)))
     report = reports[0] if seeds == 1 else aggregate_reports(reports)
     report["wall_seconds"] = time.perf_counter() - started
     files = write_report(report, out)
     print_report(report, Console(), files, folders[0] / "checkpoint")
     return report
-
-
-def _end_with(parent: int) -> None:
-    """In a worker: a parent that was killed cannot stop it, so it watches for that itself."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    Thread(target=watch, daemon=True).start()
 
 
 def _one_seed(

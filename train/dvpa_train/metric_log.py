@@ -109,6 +109,8 @@ class MetricLog(Callback):
 
     def _log_load(self, step: int, module: Any) -> None:
         assert self._load is not None
+        if not len(self._load):  # a dense model
+            return
         load, config = self._load.cpu().numpy(), module.model.config
         total = self.place.first_step + step
         title = f"{module.stage.name}, steps {total - self._load_steps + 1} to {total}"

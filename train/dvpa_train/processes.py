@@ -11,10 +11,12 @@ all nodes of one rendezvous.
 """
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Thread
 
 import torch
 import torch.distributed as dist
@@ -51,6 +53,17 @@ class Processes:
         if self.size > 1:
             dist.all_reduce(numbers)
         return numbers
+
+
+def end_with(parent: int) -> None:
+    """In a worker: a parent that was killed cannot stop it, so it watches for that itself."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def is_launched() -> bool:
