@@ -24,7 +24,7 @@ ON_THE_FLOOR := answer attention batches chat checkpoint cli config configs \
 SIDE_BY_SIDE = -n $(WORKERS)  # how tests are shared out: tests/conftest.py
 INPUTS := pyproject.toml requirements/cpu.txt
 
-.PHONY: help install demo test test-slow test-floor lint format bench clean
+.PHONY: help install demo test test-slow test-rehearsal test-floor lint format bench clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -43,7 +43,11 @@ test: lint
 
 ## test-slow   the tests that take minutes
 test-slow: $(STAMP)-dev
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m slow --durations=0 $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "slow and not rehearsal" --durations=0 $(ARGS)
+
+## test-rehearsal  what CI has no time for: every ZeRO stage, a lost node, more kills
+test-rehearsal: $(STAMP)-dev
+	$(BIN)/python -m pytest -m rehearsal --durations=0 $(ARGS)
 
 ## test-floor  the tests that use the model, on the oldest Transformers that pyproject.toml allows
 test-floor: $(STAMP)-floor

@@ -58,7 +58,7 @@ def check_equal(found: Trained, expected: Trained) -> None:
     ("options", "kinds"),
     [
         pytest.param(LORA, ["ddp"], id="lora"),
-        pytest.param(GROUPS, ["ddp accumulate=2"], id="groups"),
+        pytest.param(GROUPS, ["ddp accumulate=2"], marks=pytest.mark.rehearsal, id="groups"),
         pytest.param(FULL, ["ddp", "fsdp2 loss_chunk=7", "fsdp2 expert_parallel=2"], id="full"),
     ],
 )

@@ -357,7 +357,12 @@ def test_kill_minus_nine_leaves_one_unbroken_series(alone: Path, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", ["kind=ddp", "kind=fsdp2 expert_parallel=2", "kind=fsdp2 accumulate=2"]
+    "options",
+    [
+        pytest.param("kind=ddp", marks=pytest.mark.rehearsal),
+        "kind=fsdp2 expert_parallel=2",
+        pytest.param("kind=fsdp2 accumulate=2", marks=pytest.mark.rehearsal),
+    ],
 )
 def test_two_processes_log_once_what_both_have_done(
     options: str, alone: Path, tmp_path: Path

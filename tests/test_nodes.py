@@ -160,6 +160,7 @@ def test_waits_end_in_groups_that_others_make(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.rehearsal
 @pytest.mark.parametrize("event", EVENTS)
 def test_a_node_is_lost_and_comes_back(
     event: str, nodes: Any, unbroken: Any, tmp_path: Path
