@@ -22,7 +22,7 @@ KINDS = ("easy", "fair", "hard", "lost")
 ANSWERS = {"easy": "yes", "fair": "no", "hard": "red"}
 WRONG = "so"  # what a tier learns to say where it cannot know
 CALM, SHIFTED = (0.5, 0.25, 0.1, 0.15), (0.1, 0.2, 0.6, 0.1)  # shares of the kinds
-STEPS = 240
+STEPS, RATE = 200, 6e-3  # with warm-up, decay and clipping every seed learns it
 
 
 def questions(mix: tuple[float, ...], size: int, seed: int) -> list[Task]:
@@ -53,7 +53,7 @@ def routed_model() -> tuple[DvpaForCausalLM, object]:
     config.moe_intermediate_size = 64  # experts that matter in the price
     torch.manual_seed(0)
     model = DvpaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     model.train()
     for step in range(STEPS):
         tier = step % 3
@@ -63,8 +63,12 @@ def routed_model() -> tuple[DvpaForCausalLM, object]:
             for t in tasks
         ]
         loss = model(**_batch(tokenizer, shown), tiers=tier).loss
+        optimizer.param_groups[0]["lr"] = (
+            RATE * min(1.0, (step + 1) / 30) * (1 - 0.9 * step / STEPS)
+        )
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     model.eval()
     tasks = questions((1, 1, 1, 1), 400, 7)
