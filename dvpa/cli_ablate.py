@@ -199,20 +199,21 @@ def _show_architectures(results: Mapping[str, Any]) -> None:
 
     table = Table(title=results["title"], title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("architecture")
-    for heading in ("total", "activated", "MFLOPs", "trained on", "nll", "minus reference"):
+    for heading in ("total", "activated", "MFLOPs", "training", "nll", "minus\nreference"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in results["architectures"]:
         minus = row.get("minus_reference")
         compared = ""
         if minus:
             low, high = minus["ci95"]
-            compared = f"{minus['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
+            sure = " " if low <= 0 <= high else "*"  # the interval excludes 0
+            compared = f"{minus['difference']:+.4f}{sure}"
         table.add_row(
             row["label"],
             format_params(row["total_params"]),
             format_params(row["activated_params"]),
             f"{row['flops_per_token'] / 1e6:.2f}",
-            f"{row['training_flops'] / 1e12:.2f} TF",
+            f"{row['training_flops'] / 1e12:.2f} TFLOPs",
             _number(row["nll"]["mean"], 4),
             compared,
         )

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ablation_page
 import assemble_page
 import engine_page
 import escalation_page
@@ -261,6 +262,21 @@ def render_tier_map(result: dict[str, Any]) -> str:
     return "\n\n".join([*parts, figure, machine(result["environment"])])
 
 
+def render_ablation(result: dict[str, Any]) -> str:
+    """Recipes and tier maps over seeds."""
+    parts = [f"## Ablation: recipes and tier maps on {result['study']['name']}"]
+    for text, head, rows in ablation_page.ablation_parts(result):
+        parts += [text, table(head, rows)]
+    return "\n\n".join([*parts, machine(result["environment"])])
+
+
+def render_architectures(result: dict[str, Any]) -> str:
+    """Architectures at equal tokens."""
+    text, head, rows = ablation_page.architecture_part(result)
+    parts = ["## Ablation: architectures at equal tokens", text, table(head, rows)]
+    return "\n\n".join([*parts, machine(result["environment"])])
+
+
 def render_training(result: dict[str, Any]) -> str:
     """Training steps beside Transformers' Trainer."""
     text, head, rows = training_page.training_part(result)
@@ -286,6 +302,8 @@ def render_pools(result: dict[str, Any]) -> str:
 RENDERERS = {
     "demo": render_demo,
     "words": render_words,
+    "ablation_nano": render_ablation,
+    "ablation_architecture": render_architectures,
     "tier_map": render_tier_map,
     "tiers": render_tiers,
     "engine": render_engine,

@@ -35,7 +35,13 @@ STUDIES = sorted((REPOSITORY / "configs" / "ablation").glob("*.yaml"))
 def test_shipped_studies_resolve(path: Path) -> None:
     study = load_study(path)
     keys = {
-        resolve(study.recipe, recipe.overrides(), recipe.model, study.seeds[0]).key
+        resolve(
+            study.recipe,
+            recipe.overrides(),
+            recipe.model,
+            study.seeds[0],
+            is_text=bool(study.architectures),
+        ).key
         for recipe in study.recipes
     }
     assert len(keys) == len(study.recipes)

@@ -147,7 +147,7 @@ def config(source: Path, **changes: Any) -> None:
         ({"n_group": 3}, "n_group: 3 must divide the 16 routed experts"),
         ({"topk_group": 5}, r"topk_group: 5 must be in 1 \.\. n_group = 4"),
         ({"num_experts_per_tok": 9}, r"num_experts_per_tok: 9 must be in 1 \.\. 8"),
-        ({"first_k_dense_replace": 3}, "first_k_dense_replace: 3 must be in"),
+        ({"first_k_dense_replace": 4}, "first_k_dense_replace: 4 must be in"),
         ({"num_nextn_predict_layers": 2}, None),  # nothing of it is there
         ({"rope_parameters": {"rope_type": "spiral"}}, "rope"),
         ({"quantization_config": {"quant_method": "awq"}}, "quant_method: 'awq' must be 'fp8'"),

@@ -31,7 +31,7 @@ def write_architectures(results: Mapping[str, Any], out: Path) -> dict[str, Path
 
 def architecture_page(results: Mapping[str, Any], light: bytes, dark: bytes) -> str:
     """The report as one self-contained page."""
-    head = ["architecture", "total", "activated", "MFLOPs a token", "training TFLOPs", "seconds"]
+    head = ["architecture", "total", "activated", "MFLOPs a token", "training TFLOPs"]
     head += ["nll", "minus reference"]
     body = [_line(row) for row in results["architectures"]]
     notes = {row["name"]: row["note"] for row in results["architectures"] if row["note"]}
@@ -76,7 +76,7 @@ def _line(row: Mapping[str, Any]) -> str:
         f"<td>{format_params(row['total_params'])}</td>"
         f"<td>{format_params(row['activated_params'])}</td>"
         f"<td>{row['flops_per_token'] / 1e6:.2f}</td><td>{row['training_flops'] / 1e12:.2f}</td>"
-        f"<td>{row['training_seconds']:.0f}</td><td>{row['nll']['mean']:.4f} "
+        f"<td>{row['nll']['mean']:.4f} "
         f"<span class=quiet>{interval(row['nll']['ci95'])}</span></td><td>{compared}</td></tr>"
     )
 

@@ -1,8 +1,8 @@
 """How evenly the experts of a trained point were used, from its training log.
 
 The log holds the rows that every expert got in the last stage, by layer and tier
-(`logs/load/step-*.csv`; the last step's file is the last stage's), and a line every few steps with
-the MaxVio of the rows since the line before (`logs/metrics.csv`).
+(`logs/load/step-*.csv`; the last step's file is the last stage's), and every few steps the MaxVio
+of that step's rows (`logs/metrics.csv`).
 """
 
 import csv

@@ -43,8 +43,8 @@ _CAPTIONS = {
     "thresholds": ("How much the thresholds matter, reference recipe", ""),
     "load": (
         "Load of the experts",
-        "Above: the busiest expert over the mean, minus 1, of the rows between two lines of the "
-        "log, mean over MoE layers. Below: rows per expert in the last stage; 1 is an even load. "
+        "Above: the busiest expert over the mean, minus 1, of single steps, mean over MoE layers. "
+        "Below: rows per expert in the last stage; 1 is an even load. "
         "Bands: 95 % t intervals over seeds.",
     ),
 }
