@@ -79,7 +79,7 @@ def compare(study: Study, out: Path, points: Points) -> dict[str, Any]:
     table = tables[study.architectures[0].name, study.seeds[0]]
     return finite(
         {
-            "title": f"Architectures {study.name}",
+            "title": f"Ablation {study.name}",
             "kind": "architecture",
             "study": {
                 "name": study.name,

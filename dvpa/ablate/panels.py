@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
@@ -127,7 +127,7 @@ def surface_png(surfaces: Sequence[Mapping[str, Any]], theme: Theme) -> bytes:
     bar = figure.colorbar(image, ax=panels, fraction=0.03, aspect=22, shrink=0.8)
     bar.set_label("quality", color=theme.text, fontsize=9.5)
     bar.ax.tick_params(colors=theme.text, labelsize=8.5)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return png(figure)
 
 
@@ -230,7 +230,7 @@ def _grid(count: int, height: float, theme: Theme) -> tuple[Figure, list[Axes]]:
     return figure, panels
 
 
-def _shades(theme: Theme) -> LinearSegmentedColormap:
+def _shades(theme: Theme) -> Colormap:
     """From the page's background to its accent."""
     return LinearSegmentedColormap.from_list("shades", [theme.grid, theme.adaptive]).with_extremes(
         bad=theme.background

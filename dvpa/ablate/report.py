@@ -1,7 +1,8 @@
 """results.json, report.html and the figures of a study."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def write_study(results: Mapping[str, Any], out: Path) -> dict[str, Path]:
 def study_pictures(results: Mapping[str, Any]) -> dict[str, tuple[bytes, bytes]]:
     """Every figure that the results have something for, light and dark, by name."""
     rows, models = results["configurations"], results["models"]
-    reference, draw = rows[0], {"frontier": lambda theme: frontier_png(results, theme)}
+    reference = rows[0]
+    draw: dict[str, Callable[[Theme], bytes]] = {"frontier": partial(frontier_png, results)}
     maps = [r for r in rows if r["recipe"] == reference["recipe"] and "confusion" in r]
     names = [tier["name"] for tier in models[0]["tiers"]]
 
@@ -74,15 +76,15 @@ def study_pictures(results: Mapping[str, Any]) -> dict[str, tuple[bytes, bytes]]
         return confusion_png([(r["map"], r["confusion"]) for r in maps], names, theme)
 
     if any(curve["tier"] for curve in results.get("calibration", [])):
-        draw["calibration"] = lambda theme: calibration_png(results["calibration"], theme)
+        draw["calibration"] = partial(calibration_png, results["calibration"])
     if results.get("risk_coverage"):
-        draw["risk_coverage"] = lambda theme: risk_png(results["risk_coverage"], theme)
+        draw["risk_coverage"] = partial(risk_png, results["risk_coverage"])
     if maps:
         draw["confusion"] = confusion
     if results.get("surfaces"):
-        draw["thresholds"] = lambda theme: surface_png(results["surfaces"], theme)
+        draw["thresholds"] = partial(surface_png, results["surfaces"])
     if any(model["load"] for model in models):
-        draw["load"] = lambda theme: load_png(models, theme)
+        draw["load"] = partial(load_png, models)
     return {name: (function(LIGHT), function(DARK)) for name, function in draw.items()}
 
 
