@@ -94,13 +94,13 @@ def test_json_alone_on_stdout(
     finished: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     outcomes = finished / "calibration" / "outcomes.jsonl"
-    argv = ["calibrate", str(finished), "--outcomes", str(outcomes), "--min-quality", "0.9"]
+    argv = ["calibrate", str(finished), "--outcomes", str(outcomes), "--min-quality", "0.8"]
     argv += ["--tier-map", str(tmp_path / "map.json"), "--out", str(tmp_path / "report")]
     before = (finished / "tier_map.json").read_bytes()
     assert main([*argv, "--json", "-"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["tier_map"] == json.loads((tmp_path / "map.json").read_text())
-    assert printed["calibration"]["budget"]["stated"] == {"min_quality": 0.9}
+    assert printed["calibration"]["budget"]["stated"] == {"min_quality": 0.8}
     assert "tfidf" not in printed["routers"]  # a table holds no questions
     assert (finished / "tier_map.json").read_bytes() == before
     assert (tmp_path / "report" / "report.html").is_file()
