@@ -110,9 +110,10 @@ with processes(StrategyConfig(kind="ddp", timeout_s=60)) as among:
 
 
 STOPPED = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from two_nodes import two_nodes
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored under `nohup ... &`
 with two_nodes() as nodes:
     nodes.start(1, ["sleep", "600"], dict(os.environ), Path(sys.argv[1]))
     print(*nodes.names, nodes.processes[1].pid, flush=True)
