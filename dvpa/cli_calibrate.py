@@ -196,7 +196,7 @@ def _from_outcomes(
     if not write_json(arguments.json, content):
         _show(plain, tier_map, options)
         for note in (*notes, f"tier map  {written}", f"report    {files['report.html']}"):
-            console().print(note)
+            console().print(note, markup=False)  # [parquet] is no style
 
 
 def _collect(

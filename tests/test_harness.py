@@ -70,9 +70,11 @@ def test_a_tier_scores_as_its_export_does_in_transformers(
         assert mine[0] == pytest.approx(other[0], abs=1e-3)
         assert mine[1] == other[1]
     texts = asked(*((text,) for text in TEXTS))
+    theirs.add_bos_token = False  # else it scores a second BOS after the one that begins a window
     assert ours.loglikelihood_rolling(texts) == pytest.approx(
         theirs.loglikelihood_rolling(texts, disable_tqdm=True), abs=1e-2
     )
+    theirs.add_bos_token = True
     wanted = {"until": ["a"], "max_gen_toks": 8, "do_sample": False, "temperature": 0}
     prompts = asked(*((text, wanted) for text in TEXTS[:4]))
     assert ours.generate_until(prompts) == theirs.generate_until(prompts, disable_tqdm=True)
@@ -100,7 +102,8 @@ def test_auto_routes_each_context_once_and_scores_at_its_tier(engine: Engine) ->
         fixed = [DvpaLM(engine, tier).loglikelihood(pairs, disable_tqdm=True) for tier in (0, 1)]
         chosen = route(engine, [auto.tok_encode(text) for text in contexts])
         for row, pair in enumerate(found):
-            assert pair == fixed[chosen[row // 2]][row]
+            expected = fixed[chosen[row // 2]][row]
+            assert pair == (pytest.approx(expected[0], abs=1e-4), expected[1])  # other batches
         assert auto.activated_params > 0
     finally:
         engine.set_tier_map(before)
