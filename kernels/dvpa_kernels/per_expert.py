@@ -14,7 +14,7 @@ Letters: T tokens, D hidden, F expert width, E experts, R rows, N rows of one ex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,66 +27,35 @@ _silu = torch.ops.aten.silu.out
 _silu_backward = torch.ops.aten.silu_backward.grad_input
 
 
-class RowOps(Protocol):
-    """What happens to a block of an expert's rows between its products."""
+class RowOps:
+    """What happens to a block of an expert's rows between its products; any dtype, sums in fp32."""
 
     def gather(self, source_TD: Tensor, token_B: Tensor, out_BD: Tensor) -> None:
         """out[b] = source[token[b]]."""
-
-    def add(
-        self, sums_TD: Tensor, token_B: Tensor, values_BD: Tensor, weight_B: Tensor | None
-    ) -> None:
-        """sums[token[b]] += weight[b] * values[b]; None: ones."""
-
-    def activation(self, h_B2F: Tensor, act_BF: Tensor) -> None:
-        """act = silu(gate) * up; h holds both, gate first."""
-
-    def slope(
-        self,
-        h_B2F: Tensor,
-        d_act_BF: Tensor,
-        weight_B: Tensor,
-        act_BF: Tensor,
-        d_h_B2F: Tensor,
-        d_weight_B: Tensor,
-    ) -> None:
-        """What the activation and the row's weight send back.
-
-        `d_act` is grad . w_down, before the weight. Written are act = weight * silu(gate) * up, the
-        gradient of h and d_weight = d_act . silu(gate) * up.
-        """
-
-
-class TorchRowOps:
-    """`RowOps` of any dtype; sums in fp32 at least."""
-
-    def gather(self, source_TD: Tensor, token_B: Tensor, out_BD: Tensor) -> None:
-        """As `RowOps.gather`."""
         torch.index_select(source_TD, 0, token_B, out=out_BD)
 
     def add(
         self, sums_TD: Tensor, token_B: Tensor, values_BD: Tensor, weight_B: Tensor | None
     ) -> None:
-        """As `RowOps.add`."""
+        """sums[token[b]] += weight[b] * values[b]; None: ones."""
         if weight_B is not None:
             values_BD = values_BD * weight_B[:, None]
         sums_TD.index_add_(0, token_B, values_BD.to(sums_TD.dtype))
 
     def activation(self, h_B2F: Tensor, act_BF: Tensor) -> None:
-        """As `RowOps.activation`."""
+        """act = silu(gate) * up; h holds both, gate first."""
         width = act_BF.shape[1]
         _silu(h_B2F[:, :width], out=act_BF).mul_(h_B2F[:, width:])
 
-    def slope(
-        self,
-        h_B2F: Tensor,
-        d_act_BF: Tensor,
-        weight_B: Tensor,
-        act_BF: Tensor,
-        d_h_B2F: Tensor,
-        d_weight_B: Tensor,
-    ) -> None:
-        """As `RowOps.slope`."""
+    def slope(self, h_B2F: Tensor, d_act_BF: Tensor, weight_B: Tensor, *out: Tensor) -> None:
+        """What the activation and the row's weight send back.
+
+        Args:
+            d_act_BF: grad . w_down, before the weight.
+            out: written: act [B, F] = weight * silu(gate) * up, the gradient of h [B, 2F], and
+                d_weight [B] = d_act . silu(gate) * up.
+        """
+        act_BF, d_h_B2F, d_weight_B = out
         width = act_BF.shape[1]
         gate_BF, up_BF = h_B2F[:, :width], h_B2F[:, width:]
         silu_BF = torch.ops.aten.silu(gate_BF)

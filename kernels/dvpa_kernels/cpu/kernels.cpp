@@ -85,7 +85,6 @@ const Worker<Rows> ROWS[][3] = WORKERS(run_rows, avx512);
 const Worker<Route> ROUTE[][3] = WORKERS(run_route, avx512);
 const Worker<Gather> GATHER[] = SINGLE(run_gather);
 const Worker<AddRows> ADD_ROWS[] = SINGLE(run_add_rows);
-const Worker<Activation> ACTIVATION[] = SINGLE(run_activation);
 const Worker<Slope> SLOPE[] = SINGLE(run_slope);
 
 // A team costs some microseconds; below this many multiplications for each thread it does not pay.

@@ -140,15 +140,7 @@ struct AddRows {
   int64_t* next_item;
 };
 
-// act = silu(gate) * up.
-struct Activation {
-  const float* gate_up;  // [R, 2F]
-  float* act;            // [R, F]
-  int64_t rows, width;
-  int64_t* next_item;
-};
-
-// What Activation and the product after it send back, from d_act = grad . w_down.
+// What Gate and the product after it send back, from d_act = grad . w_down.
 struct Slope {
   const float* gate_up;  // [R, 2F]
   const float* d_act;    // [R, F], before the row's weight

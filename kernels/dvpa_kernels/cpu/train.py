@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from dvpa_kernels.cpu.library import ISAS, library_for, status
-from dvpa_kernels.per_expert import RowOps, TorchRowOps
+from dvpa_kernels.per_expert import RowOps
 
 
 def row_ops(dtype: torch.dtype) -> RowOps:
     """The compiled operations for fp32 where they can be built, else PyTorch's."""
     isa = status().isa
-    return CompiledRowOps(isa) if isa is not None and dtype == torch.float32 else TorchRowOps()
+    return CompiledRowOps(isa) if isa is not None and dtype == torch.float32 else RowOps()
 
 
-class CompiledRowOps:
+class CompiledRowOps(RowOps):
     """`RowOps` in one pass over memory each; fp32, all operands contiguous and on the CPU.
 
     Raises:
@@ -58,17 +58,9 @@ class CompiledRowOps:
             *self._choice, *act_BF.shape, h_B2F.data_ptr(), act_BF.data_ptr()
         )
 
-    def slope(
-        self,
-        h_B2F: Tensor,
-        d_act_BF: Tensor,
-        weight_B: Tensor,
-        act_BF: Tensor,
-        d_h_B2F: Tensor,
-        d_weight_B: Tensor,
-    ) -> None:
+    def slope(self, h_B2F: Tensor, d_act_BF: Tensor, weight_B: Tensor, *out: Tensor) -> None:
         """As `RowOps.slope`."""
-        tensors = (h_B2F, d_act_BF, weight_B, act_BF, d_h_B2F, d_weight_B)
+        tensors = (h_B2F, d_act_BF, weight_B, *out)
         self._library.dvpa_cpu_train_slope(
-            *self._choice, *act_BF.shape, *(tensor.data_ptr() for tensor in tensors)
+            *self._choice, *d_act_BF.shape, *(tensor.data_ptr() for tensor in tensors)
         )
