@@ -1,6 +1,7 @@
 """Small parents with DeepSeek-V3's names, as shards on the disk, and the fp32 formula on them."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,9 @@ from dvpa.checkpoint.fp8 import quantise
 
 LAYERS, EXPERTS, HIDDEN, WIDTH = 3, 4, 256, 160
 FP8_PARTS = ("_proj.weight", "_proj_with_mqa.weight")
+ALL = {"match": "all", "lambda": {"a": 1.0}}
+MIX = {"match": "all", "lambda": {"a": 0.6, "b": 0.4}}
+GATE = "model.layers.1.mlp.gate.weight"
 QUANTISATION = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 
 
@@ -141,3 +145,16 @@ def command(world: Path) -> list[str]:
     """`dvpa assemble` of WORLD/r.yaml into WORLD/out, as a process of its own."""
     program = [sys.executable, "-m", "dvpa", "assemble", "--threads", "2"]
     return [*program, str(world / "r.yaml"), str(world / "out")]
+
+
+def save_parents(root: Path, names: str, fp8: bool = False) -> dict[str, Path]:
+    """A parent for each letter."""
+    return {name: save(root / name, weights(i, fp8=fp8)) for i, name in enumerate(names)}
+
+
+def copied_world(parents: Mapping[str, Path], folder: Path) -> Path:
+    """Copies of parents that may be damaged, and a recipe, r.yaml, that mixes them."""
+    for name, parent in parents.items():
+        shutil.copytree(parent, folder / name)
+    write_recipe(folder / "r.yaml", {name: folder / name for name in parents}, [MIX])
+    return folder

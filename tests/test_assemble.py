@@ -9,7 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from assembly_world import edit, formula, load, same, save, weights, write_recipe
+from assembly_world import (
+    ALL,
+    MIX,
+    edit,
+    formula,
+    load,
+    same,
+    save,
+    save_parents,
+    weights,
+    write_recipe,
+)
 from torch import Tensor
 
 from dvpa.checkpoint.assemble import assemble, survey
@@ -19,22 +30,18 @@ from dvpa.checkpoint.headers import INDEX_FILE, raw_header
 from dvpa.checkpoint.recipe import load_recipe
 from dvpa.checkpoint.tensor_class import place_of
 
-ALL = {"match": "all", "lambda": {"a": 1.0}}
-MIX = {"match": "all", "lambda": {"a": 0.6, "b": 0.4}}
 SCALE = "_scale_inv"
 
 
 @pytest.fixture(scope="module")
 def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Three bf16 parents; never written to."""
-    root = tmp_path_factory.mktemp("parents")
-    return {name: save(root / name, weights(i)) for i, name in enumerate("abc")}
+    return save_parents(tmp_path_factory.mktemp("parents"), "abc")
 
 
 @pytest.fixture(scope="module")
 def fp8_parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("fp8_parents")
-    return {name: save(root / name, weights(i, fp8=True)) for i, name in enumerate("ab")}
+    return save_parents(tmp_path_factory.mktemp("fp8_parents"), "ab", fp8=True)
 
 
 def test_linear_is_the_formula_to_the_bit(parents: dict[str, Path], tmp_path: Path) -> None:

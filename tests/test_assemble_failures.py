@@ -1,7 +1,6 @@
 """Bad input and full disks while assembling: one clear error, and nothing half-written left."""
 
 import json
-import os
 import resource
 import shutil
 import subprocess
@@ -12,35 +11,38 @@ from typing import Any
 
 import pytest
 import torch
-from assembly_world import command, edit, load, same, save, weights, write_recipe
+from assembly_world import (
+    GATE,
+    MIX,
+    command,
+    copied_world,
+    edit,
+    load,
+    same,
+    save,
+    save_parents,
+    weights,
+    write_recipe,
+)
 from torch import Tensor
 
 from dvpa.checkpoint.assemble import assemble
 from dvpa.checkpoint.headers import INDEX_FILE
 from dvpa.cli import main
 
-TRIALS = int(os.environ.get("DVPA_KILL_TRIALS", "2"))
-MIX = {"match": "all", "lambda": {"a": 0.6, "b": 0.4}}
-GATE = "model.layers.1.mlp.gate.weight"
 MATRIX = "model.layers.2.self_attn.kv_a_proj_with_mqa.weight"
 SCALE = f"{MATRIX}_scale_inv"
 
 
 @pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pristine")
-    for i, name in enumerate("ab"):
-        save(folder / name, weights(i, fp8=True))
-    return folder
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return save_parents(tmp_path_factory.mktemp("pristine"), "ab", fp8=True)
 
 
 @pytest.fixture
-def world(pristine: Path, tmp_path: Path) -> Path:
+def world(pristine: dict[str, Path], tmp_path: Path) -> Path:
     """Parents a and b that may be damaged, and a recipe."""
-    for name in "ab":
-        shutil.copytree(pristine / name, tmp_path / name)
-    write_recipe(tmp_path / "r.yaml", {n: tmp_path / n for n in "ab"}, [MIX])
-    return tmp_path
+    return copied_world(pristine, tmp_path)
 
 
 def shard_of(folder: Path, name: str) -> Path:

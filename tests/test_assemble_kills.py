@@ -14,7 +14,20 @@ from typing import Any
 
 import pytest
 import torch
-from assembly_world import command, edit, formula, load, same, save, weights, write_recipe
+from assembly_world import (
+    GATE,
+    MIX,
+    command,
+    copied_world,
+    edit,
+    formula,
+    load,
+    same,
+    save,
+    save_parents,
+    weights,
+    write_recipe,
+)
 
 from dvpa.checkpoint.assemble import assemble
 from dvpa.checkpoint.folders import INCOMPLETE_MARK
@@ -22,25 +35,17 @@ from dvpa.checkpoint.headers import INDEX_FILE
 from dvpa.checkpoint.shard_files import ShardFiles
 
 TRIALS = int(os.environ.get("DVPA_KILL_TRIALS", "2"))
-GATE = "model.layers.1.mlp.gate.weight"
-MIX = {"match": "all", "lambda": {"a": 0.6, "b": 0.4}}
 
 
 @pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pristine")
-    for i, name in enumerate("ab"):
-        save(folder / name, weights(i, fp8=True))
-    return folder
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return save_parents(tmp_path_factory.mktemp("pristine"), "ab", fp8=True)
 
 
 @pytest.fixture
-def world(pristine: Path, tmp_path: Path) -> Path:
+def world(pristine: dict[str, Path], tmp_path: Path) -> Path:
     """Parents a and b that may be damaged, and a recipe."""
-    for name in "ab":
-        shutil.copytree(pristine / name, tmp_path / name)
-    write_recipe(tmp_path / "r.yaml", {n: tmp_path / n for n in "ab"}, [MIX])
-    return tmp_path
+    return copied_world(pristine, tmp_path)
 
 
 def check(world: Path) -> None:

@@ -8,27 +8,31 @@ from pathlib import Path
 
 import pytest
 import yaml
-from assembly_world import load, same, save, weights, write_recipe
+from assembly_world import (
+    ALL,
+    MIX,
+    load,
+    same,
+    save,
+    save_parents,
+    weights,
+    write_recipe,
+)
 
 from dvpa.checkpoint.assemble import assemble, survey
 from dvpa.checkpoint.assembly_figure import histogram_svg
 from dvpa.cli import main
 
-ALL = {"match": "all", "lambda": {"a": 1.0}}
-MIX = {"match": "all", "lambda": {"a": 0.6, "b": 0.4}}
-
 
 @pytest.fixture(scope="module")
 def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Three bf16 parents; never written to."""
-    root = tmp_path_factory.mktemp("parents")
-    return {name: save(root / name, weights(i)) for i, name in enumerate("abc")}
+    return save_parents(tmp_path_factory.mktemp("parents"), "abc")
 
 
 @pytest.fixture(scope="module")
 def fp8_parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("fp8_parents")
-    return {name: save(root / name, weights(i, fp8=True)) for i, name in enumerate("ab")}
+    return save_parents(tmp_path_factory.mktemp("fp8_parents"), "ab", fp8=True)
 
 
 def test_comparing_only_for_the_report_can_be_left_out(
