@@ -4,6 +4,7 @@ python scripts/render_benchmarks.py
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import tier_map_page
 import training_page
 from kernel_page import FIGURE, fit_lines, introduction, kernel_parts, linear_png
 
+Part = tuple[str, list[str], list[list[str]]]  # text, head, rows
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
 HEADER = """# Benchmarks
 
@@ -245,58 +247,53 @@ def render_locust(result: dict[str, Any]) -> str:
     return "\n\n".join(["## Locust at the server", text, table(head, rows), where])
 
 
+def sections(title: str, parts: Sequence[Part], result: dict[str, Any], figure: str = "") -> str:
+    """A heading, texts with their tables, and where it was measured."""
+    lines = [f"## {title}"]
+    for text, head, rows in parts:
+        lines += [text, table(head, rows)]
+    return "\n\n".join([*lines, *([figure] if figure else []), machine(result["environment"])])
+
+
 def render_plan(result: dict[str, Any]) -> str:
     """Predicted and measured training steps."""
-    text, head, rows = plan_page.plan_part(result)
-    parts = ["## Planned and measured training steps", text, table(head, rows)]
-    return "\n\n".join([*parts, machine(result["environment"])])
+    return sections("Planned and measured training steps", [plan_page.plan_part(result)], result)
 
 
 def render_tier_map(result: dict[str, Any]) -> str:
     """Solver, guard, hopeless requests."""
     (FOLDER / tier_map_page.FIGURE).write_bytes(tier_map_page.tier_map_png(result))
-    parts = ["## Fitting tier maps"]
-    for text, head, rows in tier_map_page.tier_map_parts(result):
-        parts += [text, table(head, rows)]
     figure = f"![What a hopeless request costs](benchmarks/{tier_map_page.FIGURE})"
-    return "\n\n".join([*parts, figure, machine(result["environment"])])
+    return sections("Fitting tier maps", tier_map_page.tier_map_parts(result), result, figure)
 
 
 def render_ablation(result: dict[str, Any]) -> str:
     """Recipes and tier maps over seeds."""
-    parts = [f"## Ablation: recipes and tier maps on {result['study']['name']}"]
-    for text, head, rows in ablation_page.ablation_parts(result):
-        parts += [text, table(head, rows)]
-    return "\n\n".join([*parts, machine(result["environment"])])
+    title = f"Ablation: recipes and tier maps on {result['study']['name']}"
+    return sections(title, ablation_page.ablation_parts(result), result)
 
 
 def render_architectures(result: dict[str, Any]) -> str:
     """Architectures at equal tokens."""
-    text, head, rows = ablation_page.architecture_part(result)
-    parts = ["## Ablation: architectures at equal tokens", text, table(head, rows)]
-    return "\n\n".join([*parts, machine(result["environment"])])
+    title = "Ablation: architectures at equal tokens"
+    return sections(title, [ablation_page.architecture_part(result)], result)
 
 
 def render_training(result: dict[str, Any]) -> str:
     """Training steps beside Transformers' Trainer."""
-    text, head, rows = training_page.training_part(result)
-    parts = ["## Training steps, beside Transformers' Trainer", text, table(head, rows)]
-    return "\n\n".join([*parts, machine(result["environment"])])
+    title = "Training steps, beside Transformers' Trainer"
+    return sections(title, [training_page.training_part(result)], result)
 
 
 def render_assemble(result: dict[str, Any]) -> str:
     """Assembling beside mergekit and the disk."""
-    parts = ["## Assembling, beside mergekit and the disk"]
-    for text, head, rows in assemble_page.assemble_parts(result):
-        parts += [text, table(head, rows)]
-    return "\n\n".join([*parts, machine(result["environment"])])
+    title = "Assembling, beside mergekit and the disk"
+    return sections(title, assemble_page.assemble_parts(result), result)
 
 
 def render_pools(result: dict[str, Any]) -> str:
     """Which experts a converted checkpoint's lower tiers should have."""
-    text, head, rows = pools_page.pools_part(result)
-    parts = ["## Pools of a converted DeepSeek-V3", text, table(head, rows)]
-    return "\n\n".join([*parts, machine(result["environment"])])
+    return sections("Pools of a converted DeepSeek-V3", [pools_page.pools_part(result)], result)
 
 
 RENDERERS = {
