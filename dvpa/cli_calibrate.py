@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dvpa.cli_checkpoint import quiet_transformers, reading, require_checkpoint
+from dvpa.cli_checkpoint import open_engine, quiet_transformers, reading, require_checkpoint
 from dvpa.cli_output import console, params_of, progress_bar, write_json
 
 if TYPE_CHECKING:
@@ -206,24 +206,16 @@ def _collect(
     from dvpa.tasks.specs import read_tasks
 
     tasks, num_repeats = read_tasks(arguments.tasks, arguments.items, arguments.seed)
-    with quiet_transformers(), reading(arguments.checkpoint):
-        import torch
+    engine = open_engine(
+        arguments,
+        arguments.concurrency or 16,
+        prefix_caching=False,
+        read_prompt=arguments.read_prompt,
+    )
+    from dvpa.evaluate.engine_outcomes import checkpoint_id, run_outcomes
+    from dvpa.evaluate.parquet import has_pyarrow, save_parquet
 
-        from dvpa.engine import Engine
-        from dvpa.evaluate.engine_outcomes import checkpoint_id, run_outcomes
-        from dvpa.evaluate.parquet import has_pyarrow, save_parquet
-
-        if arguments.threads is not None:
-            torch.set_num_threads(arguments.threads)
-        concurrency = arguments.concurrency or 16
-        engine = Engine(
-            arguments.checkpoint,
-            dtype=arguments.dtype,
-            max_num_seqs=concurrency,
-            max_num_batched_tokens=max(512, concurrency),
-            prefix_caching=False,
-            read_prompt=arguments.read_prompt,
-        )
+    with reading(arguments.checkpoint):
         model_id = checkpoint_id(arguments.checkpoint)
     try:
         with progress_bar("outcomes") as progress:

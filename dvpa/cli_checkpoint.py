@@ -1,9 +1,14 @@
 """How the `dvpa` commands read checkpoints: checked early, quietly, with errors that name them."""
 
+import argparse
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dvpa.engine import Engine
 
 
 def require_checkpoint(checkpoint: Path) -> None:
@@ -49,3 +54,21 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         logging.set_verbosity(before)
         logging.enable_progress_bar()
+
+
+def open_engine(arguments: argparse.Namespace, concurrency: int, **options: Any) -> "Engine":
+    """The engine that many requests at a time are put to, with --threads and --dtype."""
+    with quiet_transformers(), reading(arguments.checkpoint):
+        import torch
+
+        from dvpa.engine import Engine
+
+        if arguments.threads is not None:
+            torch.set_num_threads(arguments.threads)
+        return Engine(
+            arguments.checkpoint,
+            dtype=arguments.dtype,
+            max_num_seqs=concurrency,
+            max_num_batched_tokens=max(512, concurrency),
+            **options,
+        )

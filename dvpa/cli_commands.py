@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dvpa.cli_checkpoint import quiet_transformers, reading, require_checkpoint
+from dvpa.cli_checkpoint import open_engine, quiet_transformers, reading, require_checkpoint
 from dvpa.cli_convert import check_convert, check_export, convert_run, export_run, list_run
 from dvpa.cli_output import (
     console,
@@ -168,21 +168,11 @@ def serve(arguments: argparse.Namespace) -> None:
 def bench(arguments: argparse.Namespace) -> None:
     """Measure the engine on a checkpoint."""
     require_checkpoint(arguments.checkpoint)
-    with quiet_transformers(), reading(arguments.checkpoint):
-        import torch
+    engine = open_engine(arguments, max(arguments.concurrency), prefix_caching=False)
+    import torch
 
-        from dvpa.engine.bench import bench_engine
-        from dvpa.engine.engine import Engine
+    from dvpa.engine.bench import bench_engine
 
-        if arguments.threads is not None:
-            torch.set_num_threads(arguments.threads)
-        engine = Engine(
-            arguments.checkpoint,
-            dtype=arguments.dtype,
-            max_num_seqs=max(arguments.concurrency),
-            max_num_batched_tokens=max(512, *arguments.concurrency),
-            prefix_caching=False,
-        )
     sizes = (arguments.concurrency, arguments.input, arguments.output, arguments.mix)
     rows = list(show_progress(bench_engine(engine, *sizes), "measuring"))
     report = {

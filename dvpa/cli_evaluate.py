@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dvpa.cli_checkpoint import quiet_transformers, reading, require_checkpoint
+from dvpa.cli_checkpoint import open_engine, require_checkpoint
 from dvpa.cli_output import console, params_of, write_json
 
 EXAMPLE = "runs/demo/checkpoint --tasks my_task.yaml --tier auto top"
@@ -45,20 +45,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
         if (error.name or "").split(".")[0] != "lm_eval":
             raise
         raise ValueError("evaluate: needs lm-eval: pip install 'dvpa[eval]'") from None
-    with quiet_transformers(), reading(arguments.checkpoint):
-        import torch
+    engine = open_engine(arguments, arguments.concurrency)
+    from dvpa.tiers.policy import tier_index
 
-        from dvpa.engine import Engine
-        from dvpa.tiers.policy import tier_index
-
-        if arguments.threads is not None:
-            torch.set_num_threads(arguments.threads)
-        engine = Engine(
-            arguments.checkpoint,
-            dtype=arguments.dtype,
-            max_num_seqs=arguments.concurrency,
-            max_num_batched_tokens=max(512, arguments.concurrency),
-        )
     names = engine.model.config.tier_names
     tiers = dict.fromkeys(
         tier if tier == "auto" else names[tier_index(tier, names)] for tier in arguments.tier
