@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -60,17 +61,12 @@ def levels_table(report: Mapping[str, Any]) -> Table:
 
 def routers_table(report: Mapping[str, Any]) -> Table:
     """Every router with its quality, 95 % interval, cost and time."""
-    table = Table(title="routers (random, length, tfidf, cascade spend what adaptive spends)")
-    for name, justify in (
-        ("router", "left"),
-        ("quality", "right"),
-        ("95 % interval", "right"),
-        ("activated", "right"),
-        ("of top", "right"),
-        ("ms/request", "right"),
-        ("adaptive minus", "right"),
-    ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    title = "routers (random, length, tfidf, cascade spend what adaptive spends)"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("router", no_wrap=True)
+    headings = ("quality", "95 % interval", "activated", "of top", "ms\neach")
+    for name in (*headings, "adaptive\nminus"):  # all of it in 80 columns
+        table.add_column(name, justify="right", no_wrap=True)
     for name, row in report["routers"].items():
         low, high = row["ci95"]
         difference = row.get("adaptive_minus")
