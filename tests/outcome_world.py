@@ -1,5 +1,6 @@
 """A pico model that answers some sums rightly and some not, for the tests of outcomes."""
 
+from copy import deepcopy
 from functools import cache
 from typing import Any
 
@@ -29,9 +30,13 @@ def sum_tokenizer() -> Any:
     return train_tokenizer(LINES, vocab_size=300)
 
 
-@cache
 def sum_model() -> DvpaForCausalLM:
-    """Pico, briefly overfitted on half the tasks; nobody may change its weights."""
+    """Pico, briefly overfitted on half the tasks; a copy: an engine changes its tier map."""
+    return deepcopy(_trained())
+
+
+@cache
+def _trained() -> DvpaForCausalLM:
     tokenizer = sum_tokenizer()
     torch.manual_seed(1)
     model = DvpaForCausalLM(load_model_config(find_config("model/pico.yaml")))
