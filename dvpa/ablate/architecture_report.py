@@ -9,9 +9,9 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from dvpa.ablate.figures import blank, colours, png, style
-from dvpa.ablate.models import write_atomically
 from dvpa.evaluate.figure import DARK, LIGHT, Theme, format_params
 from dvpa.evaluate.markup import document, interval, picture, shown, table
+from dvpa.evaluate.replacing import write_atomically
 
 _MARKERS = "os^Dv<>PX*"
 

@@ -22,12 +22,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dvpa.ablate.models import MeasuredModel, load_model, write_atomically
+from dvpa.ablate.models import MeasuredModel, load_model
 from dvpa.ablate.study import MEASURE_VERSION, MapVariant, digest
 from dvpa.ablate.sweep import Fitted, MapFitter, most_mixed_kind, sweep_map
 from dvpa.evaluate.baselines import random_mix, spent
 from dvpa.evaluate.metrics import apgr, cpt, pgr
 from dvpa.evaluate.reliability import reliability
+from dvpa.evaluate.replacing import write_atomically
 from dvpa.evaluate.report import calibration_errors, finite
 from dvpa.evaluate.rivals import Choice, rival_choices
 from dvpa.evaluate.routing import difficulty_metrics, routing_frontier

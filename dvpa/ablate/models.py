@@ -5,7 +5,6 @@ done, and what the tables do not hold).
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,13 +90,3 @@ def _read_by_base(table: OutcomeTable, whole: Sequence[float]) -> OutcomeTable:
     answered = table.completion_tokens.astype(float)
     activated = (whole[0] * read + np.asarray(whole) * answered) / (read + answered)
     return replace(table, activated_params=activated)
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """A reader sees the old file or the whole new one, also after a kill."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

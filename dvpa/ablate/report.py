@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from dvpa.ablate.figures import frontier_png
-from dvpa.ablate.models import write_atomically
 from dvpa.ablate.panels import calibration_png, confusion_png, load_png, risk_png, surface_png
 from dvpa.evaluate.figure import DARK, LIGHT, Theme, format_params
 from dvpa.evaluate.markup import document, heat, interval, number, picture, shown, signed, table
+from dvpa.evaluate.replacing import write_atomically
 
 _GOALS = {
     "apgr": "APGR, all requests",

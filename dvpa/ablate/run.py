@@ -18,8 +18,9 @@ from typing import Protocol
 
 from dvpa.ablate.jobs import Job, Say, run_jobs
 from dvpa.ablate.measure import POINTS, is_measured, model_key
-from dvpa.ablate.models import DONE, write_atomically
+from dvpa.ablate.models import DONE
 from dvpa.ablate.study import MapVariant, Study
+from dvpa.evaluate.replacing import write_atomically
 
 MODELS = "models"
 # Of a training point's time; the rest is outcomes.

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dvpa.ablate.models import write_atomically
 from dvpa.ablate.study import digest
+from dvpa.evaluate.replacing import write_atomically
 
 _COLUMNS = ("quality", "relative_cost", "apgr", "mixed_kind_apgr", "pgr", "gap_at_oracle")
 _OF_ARCHITECTURES = ("nll", "total_params", "activated_params", "flops_per_token", "training_flops")

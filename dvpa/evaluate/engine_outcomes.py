@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dvpa.engine import Engine, RequestOutput, SamplingParams
+from dvpa.evaluate.replacing import write_atomically
 from dvpa.evaluate.table import OutcomeTable
 from dvpa.pricing import ModelPrice, price
 from dvpa.tasks.encoding import encode_tasks
@@ -313,10 +314,7 @@ def _claim(path: Path, settings: dict[str, Any]) -> int:
         if whole < len(lines):
             os.truncate(path, sum(len(line) for line in lines[:whole]))
         return whole
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = note.with_name(f".{note.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(settings, indent=1) + "\n")
-    partial.replace(note)
+    write_atomically(note, json.dumps(settings, indent=1) + "\n")
     return 0
 
 

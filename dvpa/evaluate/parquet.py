@@ -3,7 +3,6 @@
 Needs pyarrow (`pip install 'dvpa[parquet]'`). JSON Lines holds the same numbers, a request a line.
 """
 
-import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dvpa.evaluate.replacing import replacing
 from dvpa.evaluate.table import COSTS, OutcomeTable
 
 PER_TIER = ("quality", "nll", "completion_tokens", *COSTS)
@@ -40,11 +40,8 @@ def save_parquet(table: OutcomeTable, path: str | Path, tier_names: Sequence[str
     }
     columns |= {name: np.repeat(getattr(table, name), num_tiers) for name in PER_REQUEST}
     columns |= {name: getattr(table, name).ravel() for name in PER_TIER}
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    pyarrow.parquet.write_table(pyarrow.table(columns), partial)
-    partial.replace(target)
+    with replacing(path) as partial:
+        pyarrow.parquet.write_table(pyarrow.table(columns), partial)
 
 
 def load_parquet(path: str | Path) -> OutcomeTable:

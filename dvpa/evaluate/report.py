@@ -22,6 +22,7 @@ from dvpa.evaluate.baselines import question_scores
 from dvpa.evaluate.figure import DARK, LIGHT, frontier_png
 from dvpa.evaluate.metrics import apgr, cpt
 from dvpa.evaluate.page import render_page
+from dvpa.evaluate.replacing import write_atomically
 from dvpa.evaluate.routing import (
     compare_routers,
     difficulty_metrics,
@@ -176,7 +177,6 @@ def write_report(report: Mapping[str, Any], out_dir: str | Path) -> dict[str, Pa
     if missing:
         raise ValueError(f"report must hold {', '.join(required)}; missing: {', '.join(missing)}")
     folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     plain = finite(report)
     light, dark = frontier_png(plain, LIGHT), frontier_png(plain, DARK)
     contents = {
@@ -184,12 +184,9 @@ def write_report(report: Mapping[str, Any], out_dir: str | Path) -> dict[str, Pa
         "report.html": render_page(plain, light, dark).encode(),
         "frontier.png": light,
     }
-    paths = {}
     for name, content in contents.items():
-        partial = folder / f".{name}.{os.getpid()}.partial"
-        partial.write_bytes(content)
-        paths[name] = partial.replace(folder / name)
-    return paths
+        write_atomically(folder / name, content)
+    return {name: folder / name for name in contents}
 
 
 def finite(value: Any) -> Any:

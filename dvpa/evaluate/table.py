@@ -8,7 +8,6 @@ per line, NaN written as null; or Parquet, one row per request and tier (parquet
 import itertools
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from dvpa.evaluate.replacing import replacing
 
 COSTS = ("activated_params", "flops", "ms")  # columns [N, T]
 OPTIONAL = ("uncertainty", *COSTS)
@@ -103,13 +104,9 @@ class OutcomeTable:
 
     def save_jsonl(self, path: str | Path) -> None:
         """Write atomically: a reader sees the old file or the whole new one."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        with partial.open("w", encoding="utf-8") as file:
+        with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
             for row in range(len(self)):
                 file.write(json.dumps(self.record(row), allow_nan=False) + "\n")
-        partial.replace(target)
 
     @classmethod
     def load(cls, path: str | Path) -> "OutcomeTable":

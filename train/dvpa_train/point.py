@@ -19,11 +19,12 @@ import yaml
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from dvpa.ablate.models import DONE, HELD_OUT, SPEC, write_atomically
+from dvpa.ablate.models import DONE, HELD_OUT, SPEC
 from dvpa.ablate.study import digest
 from dvpa.config import find_config, load_model_config, load_yaml
 from dvpa.evaluate.baselines import Scores, quantile_scores, question_scores
 from dvpa.evaluate.outcomes import collect_entropy
+from dvpa.evaluate.replacing import write_atomically
 from dvpa.model import DvpaForCausalLM
 from dvpa.pricing import price
 from dvpa.tasks import TaskSet
