@@ -4,6 +4,8 @@ N requests, T tiers, M of them that the map may use.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,10 +24,21 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 NUM_BUDGETS = 13  # of a frontier
-logging.getLogger(fit_tier_map.__module__).addFilter(
-    # A sweep fits hundreds of maps on the same splits: their size is in the report instead.
-    lambda record: "are advised" not in str(record.msg)
-)
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """A sweep fits hundreds of maps on the same splits: their size is in the report instead."""
+    logger = logging.getLogger(fit_tier_map.__module__)
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "are advised" not in str(record.msg)
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,17 +104,18 @@ class MapFitter:
     def _map(self, budget: Budget, kind: str) -> TierMap:
         variant = self.variant
         names = [self.model.tier_names[t] for t in self.columns]
-        return fit_tier_map(
-            self._fit,
-            self._calibrate,
-            costs=self.prices.tolist(),
-            budget=budget,
-            tier_names=names,
-            kind=kind,
-            guard_alpha=variant.alpha,
-            guard_delta=variant.delta,
-            upper_cut=variant.upper_cut,
-        )
+        with _without_advice():
+            return fit_tier_map(
+                self._fit,
+                self._calibrate,
+                costs=self.prices.tolist(),
+                budget=budget,
+                tier_names=names,
+                kind=kind,
+                guard_alpha=variant.alpha,
+                guard_delta=variant.delta,
+                upper_cut=variant.upper_cut,
+            )
 
     def _quantiles(self) -> tuple[float, ...]:
         """Cuts that give each tier its share of the calibrate split."""
