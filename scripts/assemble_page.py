@@ -1,6 +1,6 @@
 """The assembling benchmark's part of docs/benchmarks.md."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Part = tuple[str, list[str], list[list[str]]]
@@ -68,29 +68,38 @@ def _sizes_part(sizes: list[Mapping[str, Any]]) -> Part:
     return text, head, rows
 
 
-def _fp8_part(fp8: Mapping[str, Any], rounding: Mapping[str, Any] | None) -> Part:
+def _fp8_part(fp8: Sequence[Mapping[str, Any]], rounding: Mapping[str, Any] | None) -> Part:
     text = (
         "0.5 A + 0.5 B of two FP8 parents in DeepSeek-V3's format, whose experts are 10 % apart; "
         "the result against the exact interpolation of the dequantised parents (relative "
-        "Frobenius). Every code is the nearest one; the error is E4M3's three bits of mantissa."
+        "Frobenius). Every code is the nearest one, under the scale of each block that leaves the "
+        "least error; the error is E4M3's three bits of mantissa."
     )
     if rounding is not None:
         errors = ", ".join(
-            f"{error:.1%} at {float(distance):.1%}"
+            f"{error['least']:.1%} ({error['largest']:.1%}) at {float(distance):.1%}"
             for distance, error in rounding["by_distance"].items()
         )
+        normal = rounding["normal_values"]
         text += (
-            f" They cost normal values {rounding['normal_values']:.1%}. The middle of two FP8 "
-            "matrices loses less when they are close, since most codes agree, and more where it "
-            f"often falls halfway between two codes: {errors} of distance."
+            f" They cost normal values {normal['least']:.1%} ({normal['largest']:.1%} where every "
+            "block's largest value becomes 448). The middle of two FP8 matrices loses less when "
+            "they are close, since most codes agree under the same scale, and would lose more "
+            f"where it often falls halfway between two codes: {errors} of distance."
         )
-    head = ["GB each", "tensors", "wall s", "peak anonymous MB", "mean error", "merged alone"]
-    row = [
-        f"{fp8['gb']:.2f}",
-        f"{fp8['tensors']:,}",
-        f"{fp8['wall_s']:.1f}",
-        f"{fp8['anon_mb']:.0f}",
-        f"{fp8['mean_error']:.2%}",
-        f"{fp8['mean_error_of_merged']:.2%}",
+    head = ["parents", "GB each", "tensors", "wall s", "peak anonymous MB"]
+    head += ["mean error", "merged alone", "largest"]
+    rows = [
+        [
+            row["parents"],
+            f"{row['gb']:.2f}",
+            f"{row['tensors']:,}",
+            f"{row['wall_s']:.1f}",
+            f"{row['anon_mb']:.0f}",
+            f"{row['mean_error']:.2%}",
+            f"{row['mean_error_of_merged']:.2%}",
+            f"{row['largest_error']:.2%}",
+        ]
+        for row in fp8
     ]
-    return text, head, [row]
+    return text, head, rows

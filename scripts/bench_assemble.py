@@ -31,7 +31,7 @@ import yaml
 from assemble_parents import make_parents
 from torch import Tensor
 
-from dvpa.checkpoint.fp8 import dequantise, quantise
+from dvpa.checkpoint.fp8 import dequantise, quantise, requantise
 from dvpa.checkpoint.shards import ShardReader
 from dvpa.evaluate.report import describe_environment
 
@@ -50,6 +50,10 @@ SIZES = {
     "1 GB": {},
     "8 GB, more tensors": {"layers": 102},
     "8 GB, larger tensors": {"hidden": 1536, "width": 576, "experts": 122},
+}
+FP8_SIZES = {
+    "8 experts": {"layers": 1, "experts": 8, "hidden": 512, "width": 192},
+    "64 experts": {"layers": 6, "experts": 64, "hidden": 1024, "width": 384},
 }
 
 
@@ -189,10 +193,10 @@ def unpacked(reader: ShardReader, name: str) -> Tensor:
     return torch.stack(stack)
 
 
-def fp8_case(work: Path) -> dict[str, Any]:
+def fp8_case(work: Path, parents_label: str, sizes: dict[str, int]) -> dict[str, Any]:
     """FP8 parents: 0.5 A + 0.5 B in time, and against the exact interpolation."""
     parents, out = work / "fp8", work / "fp8_out"
-    num_bytes = make_parents(parents, layers=6, experts=64, hidden=1024, width=384, fp8=True)
+    num_bytes = make_parents(parents, **sizes, fp8=True)
     file = recipe(work / "fp8.yaml", parents, (0.5, 0.5))
     timed = run([sys.executable, "-m", "dvpa", "assemble", str(file), str(out)])
     readers = [ShardReader(folder) for folder in (parents / "parent_a", parents / "parent_b", out)]
@@ -211,6 +215,7 @@ def fp8_case(work: Path) -> dict[str, Any]:
         shutil.rmtree(folder)
     return {
         **timed,
+        "parents": parents_label,
         "gb": num_bytes / 1e9,
         "tensors": len(readers[0].tensors),
         "mean_error": statistics.fmean(errors),
@@ -219,18 +224,23 @@ def fp8_case(work: Path) -> dict[str, Any]:
     }
 
 
-def rounding(distance: float | None) -> float:
+def rounding(distance: float | None) -> dict[str, float]:
     """E4M3's relative error (Frobenius) for the middle of two FP8 matrices of normal values, that
-    far apart relative to their norm; None: for one matrix that no codes stand for yet.
+    far apart relative to their norm; None: for one matrix that no codes stand for yet. `largest`:
+    every block's largest value is 448; `least`: at the scales that dvpa takes.
     """
     generator = torch.Generator().manual_seed(0)
     left, noise = torch.randn(2, 1024, 1024, generator=generator)
-    exact = left
+    exact, scales = left, ()
     if distance is not None:
-        near = left + distance * noise
-        exact = (dequantise(*quantise(left)) + dequantise(*quantise(near))) / 2
-    found = dequantise(*quantise(exact))
-    return float((found - exact).norm() / exact.norm())
+        parents = [quantise(left), quantise(left + distance * noise)]
+        exact = (dequantise(*parents[0]) + dequantise(*parents[1])) / 2
+        scales = tuple(scale for _, scale in parents)
+    found = {"largest": quantise(exact), "least": requantise(exact, scales)}
+    return {
+        name: float((dequantise(*each) - exact).norm() / exact.norm())
+        for name, each in found.items()
+    }
 
 
 def memory_by_size(work: Path) -> list[dict[str, Any]]:
@@ -276,7 +286,7 @@ def main() -> None:
         if "merge" in arguments.parts:
             result["merge"] = measure(arguments, work)
         if "fp8" in arguments.parts:
-            result["fp8"] = fp8_case(work)
+            result["fp8"] = [fp8_case(work, *case) for case in FP8_SIZES.items()]
         if "rounding" in arguments.parts:
             by_distance = {str(distance): rounding(distance) for distance in DISTANCES}
             result["rounding"] = {"normal_values": rounding(None), "by_distance": by_distance}

@@ -138,7 +138,7 @@ def test_one_parent_alone_comes_back_byte_for_byte(
 
 
 def test_fp8_is_interpolated_in_fp32(fp8_parents: dict[str, Path], tmp_path: Path) -> None:
-    """Within E4M3's own rounding of the exact interpolation: about 2 % of the norm."""
+    """Within E4M3's own rounding of the exact interpolation."""
     rules = [{"match": "all", "lambda": {"a": 0.5, "b": 0.5}}]
     assemble(write_recipe(tmp_path / "r.yaml", fp8_parents, rules), tmp_path / "out")
     left, right = (load(folder) for folder in fp8_parents.values())
@@ -152,8 +152,8 @@ def test_fp8_is_interpolated_in_fp32(fp8_parents: dict[str, Path], tmp_path: Pat
         found = dequantise(result[name], result[name + SCALE])
         errors.append(float((found - exact).norm() / exact.norm()))
     assert len(errors) > 40
-    assert max(errors) < 0.04
-    assert sum(errors) / len(errors) < 0.0265  # white noise, nothing cancels; see docs/benchmarks
+    assert max(errors) < 0.0275
+    assert sum(errors) / len(errors) < 0.0264  # white noise, nothing cancels; see docs/benchmarks
     for name in (name for name in result if not name.endswith(SCALE)):
         if f"{name}{SCALE}" not in result:
             assert same(result[name], formula([0.5, 0.5], [left[name], right[name]])), name
