@@ -80,6 +80,7 @@ class Architecture:
     scoring_func: str = "sigmoid"  # or "softmax", over the tier's pool, as in DeepSeek-V2
     topk_method: str = "noaux_tc"  # groups by their two best; "group_limited_greedy": by their best
     norm_topk_prob: bool = True
+    gate: str = "deepseek_v3"  # for ablations, not exportable: "fixed_denominator", "group_quota"
     hidden_act: str = "silu"
     max_position_embeddings: int = 4096
     initializer_range: float = 0.02

@@ -22,6 +22,7 @@ CHOICES = {
     "pool": ("prefix", "striped"),
     "scoring_func": ("sigmoid", "softmax"),
     "topk_method": ("noaux_tc", "group_limited_greedy"),
+    "gate": ("deepseek_v3", "fixed_denominator", "group_quota"),
 }
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
@@ -62,6 +63,8 @@ def validate_config(config: Any) -> None:
                 f"{name}: {getattr(config, name)!r} must be one of {', '.join(choices)}"
             )
     _validate_tiers(config)
+    if config.gate != "deepseek_v3":
+        _validate_gate(config)
     if config.difficulty is not None:
         probe = config.difficulty.probe_layer
         low, high = max(1, config.first_k_dense_replace), config.num_hidden_layers
@@ -182,6 +185,31 @@ def _validate_tiers(config: Any) -> None:
         )
     if len(set(config.tier_names)) != config.num_tiers:
         raise ValueError(f"tiers: names must differ, got {', '.join(config.tier_names)}")
+
+
+def _validate_gate(config: Any) -> None:
+    """Gates whose weights are shares of the base tier's; quotas of what each tier adds."""
+    for name, needed in (("scoring_func", "sigmoid"), ("norm_topk_prob", True)):
+        if getattr(config, name) != needed:
+            raise ValueError(
+                f"{name}: {getattr(config, name)!r} must be {needed!r} with gate: {config.gate}"
+            )
+    if config.gate != "group_quota":
+        return
+    top_k = pool = 0
+    for i, tier in enumerate(config.tiers):
+        quota, added = tier.top_k - top_k, config.pool_size(i) - pool
+        if not 1 <= quota <= added:
+            raise ValueError(
+                f"tiers[{i}].top_k: {tier.top_k} must be in {top_k + 1} .. {top_k + added} with "
+                f"gate: group_quota (the tier before it has {top_k}, {added} experts are added)"
+            )
+        if tier.topk_group != tier.num_groups:
+            raise ValueError(
+                f"tiers[{i}].topk_group: {tier.topk_group} must be all {tier.num_groups} with "
+                "gate: group_quota"
+            )
+        top_k, pool = tier.top_k, config.pool_size(i)
 
 
 def _validate_pool(config: Any, tier: Any, where: str, previous: int) -> int:

@@ -66,6 +66,11 @@ def find_format(config: DvpaConfig, tier: int) -> Format:
         ValueError: no family that we know computes what this tier does; the message names the field
             that is in the way.
     """
+    if config.gate != "deepseek_v3":
+        raise ValueError(
+            f"gate: {config.gate!r} is an ablation that no other model computes; only "
+            "'deepseek_v3' can be exported"
+        )
     is_latent, is_softmax = config.kv_lora_rank is not None, config.scoring_func == "softmax"
     routing = config.tiers[tier]
     is_limited = routing.topk_group < routing.num_groups

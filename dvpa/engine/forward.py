@@ -228,7 +228,9 @@ class Decoder:
 
     def _has_cpu_experts(self, layer: _Layer) -> bool:
         """Whether a fused layer may run the routed experts, too."""
-        if self._experts is not None or layer.experts is None:
+        if self._experts is not None or layer.experts is None or layer.router is None:
+            return False
+        if layer.router.module is not None:
             return False
         return ops.resolve_backend(layer.experts.backend, "cpu") == "cpu"
 

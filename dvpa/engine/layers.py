@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dvpa import ops
 from dvpa.model.attention import DvpaAttention, DvpaRMSNorm
 from dvpa.model.experts import DvpaMLP
-from dvpa.model.router import DvpaRouter
+from dvpa.model.router import DvpaRouter, TierPlan
 
 
 class Norm:
@@ -44,6 +44,8 @@ class Router:
 
     def __init__(self, router: DvpaRouter) -> None:
         config, self.tier_bias = router.config, router.tier_bias
+        # Ablation gates have no kernel.
+        self.module = None if config.gate == "deepseek_v3" else router
         self.weight = router.weight.detach()
         self.table = ops.RouterTable(
             pool_sizes=tuple(config.pool_size(tier) for tier in range(config.num_tiers)),
@@ -59,6 +61,9 @@ class Router:
 
     def __call__(self, x: Tensor, tiers_T: Tensor, max_tier: int) -> tuple[Tensor, Tensor]:
         """[T, D] -> (experts [T, K], their weights [T, K])."""
+        if self.module is not None:
+            routing = self.module(x, TierPlan(tiers_T, max_tier))
+            return routing.topk_index, routing.topk_weight
         return ops.route(x, self.weight, self.tier_bias, tiers_T, self.table, max_tier)
 
 

@@ -5,6 +5,11 @@ softmax over the tier's own pool, so that a tier is what a model of these expert
 with `topk_method: group_limited_greedy` a group's score is its best choice (both as in DeepSeek-V2,
 arXiv 2405.04434, section 2.1.2).
 
+Two gates are ablations of it, which no other model computes. `fixed_denominator`: weights are
+scores over the sum of what the base tier would choose, so that an expert weighs the same at every
+tier that has it. `group_quota`: that, and tier t adds its `top_k[t] - top_k[t-1]` best among the
+experts that its pool adds, so that its choice is the lower tier's and more.
+
 Letters: T tokens, D hidden, E routed experts, P experts in the largest pool, G groups, K slots.
 """
 
@@ -69,16 +74,21 @@ class DvpaRouter(Fp32Buffers):
             scores_TP = scores_TP.masked_fill(outside, float("-inf")).softmax(-1)
         else:
             scores_TP = scores_TP.sigmoid()
-        choice_TP = scores_TP + self.tier_bias[known_T, :pool]
-        choice_TP = choice_TP.masked_fill(outside, float("-inf"))
-        choice_TP = self._limit_groups(choice_TP, known_T, plan.max_tier)
-        index_TK = choice_TP.topk(max(top_k[: plan.max_tier + 1]), dim=-1).indices
+        if config.gate == "group_quota":
+            index_TK = self._by_quota(scores_TP, plan.max_tier)
+        else:
+            choice_TP = scores_TP + self.tier_bias[known_T, :pool]
+            choice_TP = choice_TP.masked_fill(outside, float("-inf"))
+            choice_TP = self._limit_groups(choice_TP, known_T, plan.max_tier)
+            index_TK = choice_TP.topk(max(top_k[: plan.max_tier + 1]), dim=-1).indices
 
         weight_TK = scores_TP.gather(1, index_TK)
         top_k_T = self._per_tier(top_k, known_T).masked_fill(tiers_T == NO_TIER, 0)
         empty = torch.arange(index_TK.shape[1], device=top_k_T.device) >= top_k_T[:, None]
         weight_TK = weight_TK.masked_fill(empty, 0.0)
-        if config.norm_topk_prob:
+        if config.gate != "deepseek_v3":
+            weight_TK = weight_TK / (self._base_sum(scores_TP) + 1e-20)
+        elif config.norm_topk_prob:
             weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
         scale_T = self._per_tier([t.routed_scaling_factor for t in config.tiers], known_T)
         return Routing(
@@ -87,6 +97,26 @@ class DvpaRouter(Fp32Buffers):
             scores=scores_TP,
             tiers=tiers_T,
         )
+
+    def _by_quota(self, scores_TP: Tensor, max_tier: int) -> Tensor:
+        """Slots in order of the tiers that add them; each by the bias of the tier that does."""
+        slots, start, top_k = [], 0, 0
+        for tier, routing in enumerate(self.config.tiers[: max_tier + 1]):
+            end, quota = self.config.pool_size(tier), routing.top_k - top_k
+            choice = scores_TP[:, start:end] + self.tier_bias[tier, start:end]
+            slots.append(choice.topk(quota, dim=-1).indices + start)
+            start, top_k = end, routing.top_k
+        return torch.cat(slots, dim=-1)
+
+    def _base_sum(self, scores_TP: Tensor) -> Tensor:
+        """The sum [T, 1] of the scores that the base tier would choose."""
+        base_TP = scores_TP[:, : self.config.pool_size(0)]
+        choice_TP = base_TP + self.tier_bias[0, : base_TP.shape[1]]
+        if self.config.gate != "group_quota":
+            tiers_T = torch.zeros(len(choice_TP), dtype=torch.long, device=choice_TP.device)
+            choice_TP = self._limit_groups(choice_TP, tiers_T, 0)
+        index_TK = choice_TP.topk(self.config.tiers[0].top_k, dim=-1).indices
+        return base_TP.gather(1, index_TK).sum(-1, keepdim=True)
 
     def _limit_groups(self, choice_TP: Tensor, tiers_T: Tensor, max_tier: int) -> Tensor:
         """Keep each tier's best `topk_group` groups, by the sum of their best (two) choices."""

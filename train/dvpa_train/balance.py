@@ -29,6 +29,7 @@ class LoadBalancer:
         # The last one may be the multi-token prediction module's, which not every step runs.
         self.routers = [layer.mlp.gate for layer in layers if layer.is_moe]
         self.pools = [config.pool_size(tier) for tier in range(config.num_tiers)]
+        self.has_quotas = config.gate == "group_quota"
         self.num_experts = config.n_routed_experts
         self.load = torch.zeros(len(self.routers), len(self.pools), self.num_experts)
         self.last_load = torch.zeros_like(self.load)  # of the last step, of all processes
@@ -52,10 +53,14 @@ class LoadBalancer:
         """Move every tier's biases by `rate` toward even load; the counts become `last_load`."""
         if rate:
             for layer, router in enumerate(self.routers):
+                start = 0
                 for tier, pool in enumerate(self.pools):
                     load = self.load[layer, tier, :pool]
+                    if self.has_quotas:  # among those that the tier adds, at all tiers with them
+                        load = self.load[layer, tier:, start:pool].sum(0)
                     step = rate * torch.sign(load.mean() - load)
-                    router.tier_bias[tier, :pool] += step.to(router.tier_bias)
+                    router.tier_bias[tier, pool - len(load) : pool] += step.to(router.tier_bias)
+                    start = pool
         self.last_load, self.load = self.load, torch.zeros_like(self.load)
 
 
