@@ -10,6 +10,7 @@ from typing import Any
 
 import ablation_page
 import assemble_page
+import difficulty_page
 import engine_page
 import escalation_page
 import plan_page
@@ -260,6 +261,14 @@ def render_plan(result: dict[str, Any]) -> str:
     return sections("Planned and measured training steps", [plan_page.plan_part(result)], result)
 
 
+def render_difficulty(result: dict[str, Any]) -> str:
+    """Correlations on real problems, and what a fifth of difficulty is worth."""
+    (FOLDER / difficulty_page.FIGURE).write_bytes(difficulty_page.difficulty_png(result))
+    figure = f"![The gap by difficulty](benchmarks/{difficulty_page.FIGURE})"
+    parts = difficulty_page.difficulty_parts(result)
+    return sections("Difficulty on real problems", parts, result, figure)
+
+
 def render_tier_map(result: dict[str, Any]) -> str:
     """Solver, guard, hopeless requests."""
     (FOLDER / tier_map_page.FIGURE).write_bytes(tier_map_page.tier_map_png(result))
@@ -301,6 +310,7 @@ RENDERERS = {
     "words": render_words,
     "ablation_nano": render_ablation,
     "ablation_architecture": render_architectures,
+    "difficulty": render_difficulty,
     "tier_map": render_tier_map,
     "tiers": render_tiers,
     "engine": render_engine,
