@@ -79,6 +79,18 @@ def test_the_nano_study_is_the_one_that_was_promised() -> None:
             "maps[0].shares: [0.5, 0.4] must add up to 1",
         ),
         ({"maps": [{"name": "a", "budget": "60%", "grid": {"budgte": ["1"]}}]}, "grid.budgte"),
+        (
+            {"maps": [{"name": "a", "budget": "60%", "escalation": {"uper": 0.5}}]},
+            "maps[0].escalation.uper: unknown key",
+        ),
+        (
+            {"maps": [{"name": "a", "budget": "60%", "escalation": {"upper": 2.0}}]},
+            "maps[0].escalation.lower, upper: 0.4, 2.0 must be",
+        ),
+        (
+            {"maps": [{"name": "a", "budget": "60%", "tiers": ["base", "top"], "escalation": {}}]},
+            "maps[0].escalation: needs a map of all tiers",
+        ),
     ],
 )
 def test_a_wrong_study_names_the_key(changes: dict[str, Any], message: str) -> None:
@@ -311,7 +323,7 @@ def test_a_killed_study_goes_on(tmp_path: Path) -> None:
     assert "2 trainings (1 done)" in again.stderr
     assert done.stat().st_mtime_ns == before
     results = json.loads((out / "results.json").read_text())
-    assert [len(row["frontier"]) for row in results["configurations"]] == [2, 2, 2]
+    assert [len(row["frontier"]) for row in results["configurations"]] == [2] * 4
     assert (out / "report.html").stat().st_size > 10_000
     third = subprocess.run([*command, "--json", "-"], capture_output=True, text=True, check=True)
     assert json.loads(third.stdout) == results

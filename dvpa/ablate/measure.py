@@ -15,16 +15,18 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dvpa.ablate.escalated import answer_escalating
 from dvpa.ablate.models import MeasuredModel, load_model
 from dvpa.ablate.study import MEASURE_VERSION, MapVariant, digest
 from dvpa.ablate.sweep import Fitted, MapFitter, most_mixed_kind, sweep_map
+from dvpa.engine.escalation import EscalationParams
 from dvpa.evaluate.baselines import random_mix, spent
 from dvpa.evaluate.metrics import apgr, cpt, pgr
 from dvpa.evaluate.reliability import reliability
@@ -41,8 +43,11 @@ POINTS = "points"
 Point = tuple[dict[str, Any], dict[str, FloatArray]]
 
 
-def measure_map(model: MeasuredModel, variant: MapVariant) -> Point:
+def measure_map(model: MeasuredModel, variant: MapVariant, folder: Path | None = None) -> Point:
     """The numbers of one map point, and the quality of each test request [N] by router.
+
+    `folder`: the model's, for variants with escalation. Their frontier, APGR and calibration are
+    of the map alone; everything else is of what the engine did.
 
     Raises:
         ValueError: the variant names other tiers than the model has, or its budget or guard cannot
@@ -55,8 +60,17 @@ def measure_map(model: MeasuredModel, variant: MapVariant) -> Point:
     tiers = fitted.tiers(test.difficulty)
     costs = model.costs(test)
     adaptive = Choice(tiers, costs + model.overhead)
+    escalated = None
+    if variant.escalation is not None:
+        assert folder is not None
+        params = EscalationParams(**variant.escalation)
+        escalated = answer_escalating(folder, model, fitted.tier_map, params)
+        tiers = escalated.tiers
+        adaptive = Choice(tiers, np.repeat(escalated.cost[:, None], len(model.tier_names), axis=1))
     target = spent(adaptive.prices, tiers)
     choices, values = _choices(model, adaptive, target)
+    if escalated is not None:
+        values["adaptive"] = escalated.quality
     oracle = test.quality.argmax(axis=1)  # the cheapest tier that does best
     whole = model.whole.quality.mean(axis=0)
     base, top = ((model.whole_costs[t], float(whole[t])) for t in (0, -1))
@@ -92,6 +106,9 @@ def measure_map(model: MeasuredModel, variant: MapVariant) -> Point:
         "tier_map": json.loads(fitted.tier_map.to_json()),
         "map_tiers": [model.tier_names[t] for t in fitted.columns],
     }
+    if escalated is not None:
+        share = float((escalated.times > 0).mean())
+        result["escalation"] = {**asdict(params), "share_escalated": share}
     return result, values
 
 
@@ -241,7 +258,7 @@ def measure_folder(out: Path, model: str, variants: Mapping[str, Any]) -> None:
     for variant in missing:
         began = time.perf_counter()
         try:
-            point = measure_map(measured, variant)
+            point = measure_map(measured, variant, out / "models" / model)
         except ValueError as error:
             # Whether a budget can be kept depends on the model: a result, not a reason to stop.
             point = {"seed": measured.seed, "infeasible": str(error)}, {}

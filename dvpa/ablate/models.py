@@ -20,6 +20,7 @@ FloatArray = npt.NDArray[np.float64]
 
 SPEC, DONE = "spec.json", "point.json"
 HELD_OUT = "held_out"  # of a point without tier maps: its only table of outcomes
+TEST_TASKS = "test_tasks.jsonl"  # for what the engine answers anew
 PARTS = ("fit", "calibrate", "test")
 
 

@@ -14,14 +14,23 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from dvpa.ablate.checks import (
+    as_mapping,
+    as_name,
+    as_note,
+    as_whole,
+    check_number,
+    reject_unknown,
+)
 from dvpa.architecture import find_config, load_yaml
+from dvpa.engine.escalation import EscalationParams
 from dvpa.tiers.budget import Budget
 from dvpa.tiers.tier_map import KINDS
 
 # Changes whenever a measurement means something else: what older ones cached is computed again.
 MEASURE_VERSION = 1
-_NAME = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.=%+ ")
 _KINDS = ("maps", "architecture")
+_ESCALATION = [field.name for field in fields(EscalationParams)]
 _MODES = ("offline", "online", "disabled")
 
 
@@ -46,7 +55,8 @@ class MapVariant:
     tiers: names of those the map may use (one threshold fewer than tiers); empty: all. shares: no
     budget, but cuts at quantiles of the calibrate split's difficulties, so that each tier gets its
     share. cuts: difficulties, as they are. items: requests of each of the fit and calibrate splits,
-    0 for all.
+    0 for all. escalation: fields of `dvpa.engine.EscalationParams`; the engine then answers the
+    test requests and may move them up while it does.
     """
 
     name: str
@@ -59,11 +69,14 @@ class MapVariant:
     shares: tuple[float, ...] = ()
     cuts: tuple[float, ...] = ()
     items: int = 0
+    escalation: Mapping[str, Any] | None = None
     note: str = ""
 
     def key(self) -> str:
         """Tells maps apart whose names may be the same."""
         content = {k: v for k, v in asdict(self).items() if k not in ("name", "note")}
+        if self.escalation is None:  # as keys were before there was one
+            del content["escalation"]
         return digest({"version": MEASURE_VERSION, **content})
 
     def columns(self, tier_names: Sequence[str]) -> list[int]:
@@ -153,7 +166,7 @@ def parse_study(data: Mapping[str, Any], default_name: str) -> Study:
     if kind not in _KINDS:
         raise ValueError(f"kind: {kind!r} is not one of {', '.join(_KINDS)}")
     known |= {"reference"} if kind == "architecture" else {"maps", "reference", "random"}
-    _reject_unknown(data, known, "")
+    reject_unknown(data, known, "")
     if not isinstance(data.get("recipe"), str):
         raise ValueError("recipe: the name of a training recipe is missing")
     recipes = [
@@ -164,12 +177,12 @@ def parse_study(data: Mapping[str, Any], default_name: str) -> Study:
     if wandb_mode not in _MODES:
         raise ValueError(f"wandb_mode: {wandb_mode!r} is not one of {', '.join(_MODES)}")
     study = Study(
-        name=_name(data.get("name", default_name), "name"),
+        name=as_name(data.get("name", default_name), "name"),
         recipe=data["recipe"],
         configurations=(),
         seeds=_seeds(data.get("seeds", [0, 1, 2])),
-        workers=_whole(data.get("workers", 2), "workers", 1),
-        resamples=_whole(data.get("resamples", 2000), "resamples", 100),
+        workers=as_whole(data.get("workers", 2), "workers", 1),
+        resamples=as_whole(data.get("resamples", 2000), "resamples", 100),
         wandb_mode=wandb_mode,
     )
     if kind == "architecture":
@@ -185,8 +198,8 @@ def _reference(given: Any, variants: Mapping[str, Sequence[Any]]) -> dict[str, s
     """The names of the reference's recipe and map; the first of each where it says nothing."""
     chosen = {key: of_key[0].name for key, of_key in variants.items()}
     if given is not None:
-        _mapping(given, "reference")
-        _reject_unknown(given, set(variants), "reference.")
+        as_mapping(given, "reference")
+        reject_unknown(given, set(variants), "reference.")
         chosen |= given
     for key, of_key in variants.items():
         names = [variant.name for variant in of_key]
@@ -213,25 +226,28 @@ def _product(
     every.sort(key=lambda c: (c.recipe.name, c.map.name) != (first["recipe"], first["map"]))
     if sample is None:
         return tuple(every)
-    _mapping(sample, "random")
-    _reject_unknown(sample, {"configurations", "seed"}, "random.")
-    size = _whole(sample.get("configurations"), "random.configurations", 1)
+    as_mapping(sample, "random")
+    reject_unknown(sample, {"configurations", "seed"}, "random.")
+    size = as_whole(sample.get("configurations"), "random.configurations", 1)
     if size > len(every):
         raise ValueError(f"random.configurations: {size} is more than the {len(every)} there are")
-    draws = random.Random(_whole(sample.get("seed", 0), "random.seed", 0))
+    draws = random.Random(as_whole(sample.get("seed", 0), "random.seed", 0))
     chosen = sorted(draws.sample(range(1, len(every)), size - 1))
     return (every[0], *(every[i] for i in chosen))
 
 
 def _recipes(item: Any, where: str) -> list[RecipeVariant]:
     """One entry of `recipes`, or several by its grid over `set.KEY` and `model.KEY`."""
-    _mapping(item, where)
-    _reject_unknown(item, {"name", "set", "model", "note", "grid"}, f"{where}.")
+    as_mapping(item, where)
+    reject_unknown(item, {"name", "set", "model", "note", "grid"}, f"{where}.")
     parts: dict[str, dict[str, Any]] = {}
     for part in ("set", "model"):
-        parts[part] = dict(_mapping(item.get(part) or {}, f"{where}.{part}"))
+        parts[part] = dict(as_mapping(item.get(part) or {}, f"{where}.{part}"))
     base = RecipeVariant(
-        _name(item.get("name"), f"{where}.name"), parts["set"], parts["model"], _note(item, where)
+        as_name(item.get("name"), f"{where}.name"),
+        parts["set"],
+        parts["model"],
+        as_note(item, where),
     )
     if "seed" in parts["set"]:
         raise ValueError(f"{where}.set.seed: the study's `seeds` set it")
@@ -250,14 +266,14 @@ def _recipes(item: Any, where: str) -> list[RecipeVariant]:
 
 def _maps(item: Any, where: str) -> list[MapVariant]:
     """One entry of `maps`, or several by its grid."""
-    _mapping(item, where)
+    as_mapping(item, where)
     known = {f.name for f in fields(MapVariant)}
-    _reject_unknown(item, known | {"grid"}, f"{where}.")
+    reject_unknown(item, known | {"grid"}, f"{where}.")
     found = []
     for point in _grid(item, where):
-        _reject_unknown(point, known - {"name", "note"}, f"{where}.grid.")
+        reject_unknown(point, known - {"name", "note"}, f"{where}.grid.")
         content = {k: v for k, v in item.items() if k != "grid"} | point
-        name = _point_name(_name(item.get("name"), f"{where}.name"), point)
+        name = _point_name(as_name(item.get("name"), f"{where}.name"), point)
         found.append(_map({**content, "name": name}, where))
     return found
 
@@ -290,7 +306,7 @@ def _map(content: Mapping[str, Any], where: str) -> MapVariant:
         lists[name] = tuple(value)
     for name in ("shares", "cuts"):
         for value in lists[name]:
-            _number(value, f"{where}.{name}", 0.0, 1.0)
+            check_number(value, f"{where}.{name}", 0.0, 1.0)
     if lists["shares"] and abs(sum(lists["shares"]) - 1.0) > 1e-6:
         raise ValueError(f"{where}.shares: {list(lists['shares'])} must add up to 1")
     if list(lists["cuts"]) != sorted(lists["cuts"]):
@@ -302,9 +318,19 @@ def _map(content: Mapping[str, Any], where: str) -> MapVariant:
         raise ValueError(f"{where}.upper_cut: needs true or false, kind: threshold and a budget")
     for name in ("alpha", "delta"):
         if content.get(name) is not None:
-            _number(content[name], f"{where}.{name}", 0.0, 1.0, is_open=True)
+            check_number(content[name], f"{where}.{name}", 0.0, 1.0, is_open=True)
     if content.get("alpha") is not None and not budget:
         raise ValueError(f"{where}.alpha: needs a budget")
+    escalation = content.get("escalation")
+    if escalation is not None:
+        as_mapping(escalation, f"{where}.escalation")
+        reject_unknown(escalation, set(_ESCALATION), f"{where}.escalation.")
+        try:
+            EscalationParams(**escalation)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where}.escalation.{error}") from None
+        if lists["tiers"]:
+            raise ValueError(f"{where}.escalation: needs a map of all tiers")
     return MapVariant(
         name=content["name"],
         kind=kind,
@@ -315,8 +341,9 @@ def _map(content: Mapping[str, Any], where: str) -> MapVariant:
         tiers=tuple(str(name) for name in lists["tiers"]),
         shares=tuple(float(value) for value in lists["shares"]),
         cuts=tuple(float(value) for value in lists["cuts"]),
-        items=_whole(content.get("items", 0), f"{where}.items", 0),
-        note=_note(content, where),
+        items=as_whole(content.get("items", 0), f"{where}.items", 0),
+        escalation=escalation,
+        note=as_note(content, where),
     )
 
 
@@ -325,7 +352,7 @@ def _grid(item: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     grid = item.get("grid")
     if grid is None:
         return [{}]
-    _mapping(grid, f"{where}.grid")
+    as_mapping(grid, f"{where}.grid")
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise ValueError(f"{where}.grid.{key}: {values!r} is not a list of values")
@@ -339,6 +366,8 @@ def _point_name(name: str, point: Mapping[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return "+".join(f"{key}={part}" for key, part in value.items())
     return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
@@ -352,42 +381,4 @@ def _list(data: Mapping[str, Any], key: str) -> list[Any]:
 def _seeds(value: Any) -> tuple[int, ...]:
     if not isinstance(value, list) or not value or len(set(map(str, value))) != len(value):
         raise ValueError(f"seeds: {value!r} is not a list of distinct whole numbers")
-    return tuple(_whole(seed, "seeds", 0) for seed in value)
-
-
-def _name(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not value.strip() or not set(value) <= _NAME:
-        raise ValueError(f"{where}: {value!r} is not a name of letters, digits and -_.=%+")
-    return value
-
-
-def _note(item: Mapping[str, Any], where: str) -> str:
-    note = item.get("note", "")
-    if not isinstance(note, str):
-        raise ValueError(f"{where}.note: {note!r} is not a text")
-    return note
-
-
-def _mapping(value: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: {value!r} is not a mapping of keys to values")
-    return value
-
-
-def _reject_unknown(data: Mapping[str, Any], known: set[str], prefix: str) -> None:
-    unknown = [str(key) for key in data if key not in known]
-    if unknown:
-        raise ValueError(f"{prefix}{unknown[0]}: unknown key; known: {', '.join(sorted(known))}")
-
-
-def _whole(value: Any, where: str, least: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{where}: {value!r} is not a whole number of at least {least}")
-    return value
-
-
-def _number(value: Any, where: str, low: float, high: float, is_open: bool = False) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not (low < value < high if is_open else low <= value <= high):
-        within = "between" if is_open else "from"
-        raise ValueError(f"{where}: {value!r} is not a number {within} {low:g} and {high:g}")
+    return tuple(as_whole(seed, "seeds", 0) for seed in value)

@@ -19,7 +19,7 @@ import yaml
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from dvpa.ablate.models import DONE, HELD_OUT, SPEC
+from dvpa.ablate.models import DONE, HELD_OUT, SPEC, TEST_TASKS
 from dvpa.ablate.study import digest
 from dvpa.config import find_config, load_model_config, load_yaml
 from dvpa.evaluate.baselines import Scores, quantile_scores, question_scores
@@ -139,7 +139,11 @@ def train_point(folder: Path) -> None:
     began = time.perf_counter()
     recipe = load_recipe(spec["recipe"], spec["overrides"])
     trained = run_recipe(recipe, folder, Console(stderr=True))
-    content = _text(recipe, folder) if trained is None else _routed(trained, spec["seed"])
+    if trained is None:
+        content = _text(recipe, folder)
+    else:
+        trained.tasks["test"].to_jsonl(folder / TEST_TASKS)
+        content = _routed(trained, spec["seed"])
     content["seed"] = spec["seed"]
     content["seconds"] = time.perf_counter() - began  # of the last start
     write_atomically(folder / DONE, json.dumps(content))
