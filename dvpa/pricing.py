@@ -61,7 +61,8 @@ class ModelPrice:
     head are the model's own and not counted again. 0 without the module.
 
     `probe_flops_per_token`: what scoring costs per prompt token (the layers before the head, at the
-    base tier); `head_flops_per_request`: the head and its logit lens, once. Both 0 without a head.
+    base tier); `head_flops_per_request`: the head and its logit lens, once, of which the lens is
+    `lens_flops_per_request`. All 0 without a head.
     `trunk_flops_per_token`: the dense first layers, which no tier runs twice.
     """
 
@@ -70,6 +71,7 @@ class ModelPrice:
     head_params: int
     probe_flops_per_token: int
     head_flops_per_request: int
+    lens_flops_per_request: int
     trunk_flops_per_token: int
     tiers: tuple[TierPrice, ...]
 
@@ -117,11 +119,11 @@ def price(config: "Architecture", context: int = 0) -> ModelPrice:
     )
     head = _head_params(config)
     probe = _probe_flops(config, context)
-    once = 2 * (head + config.vocab_size * config.hidden_size) if head else 0
+    lens = 2 * config.vocab_size * config.hidden_size if head else 0
     trunk = _layer_flops(config, context, config.first_k_dense_replace)
     total = tiers[-1].tier_params + head
     mtp = sum(w.size * w.stored for w in _mtp(config, num_tiers - 1))
-    return ModelPrice(total, mtp, head, probe, once, trunk, tiers)
+    return ModelPrice(total, mtp, head, probe, 2 * head + lens, lens, trunk, tiers)
 
 
 def _tier_price(

@@ -209,7 +209,10 @@ class Replay:
         if self.start.tier is None or self.start.is_whole:
             return 0.0
         twice = self._price.tiers[0].flops_per_token if first_tier else 0
-        return float(self._price.head_flops_per_request + twice)
+        once = self._price.head_flops_per_request
+        if self.engine.runner.decoder.probes_all:
+            once -= self._price.lens_flops_per_request
+        return float(once + twice)
 
 
 def follow(params: EscalationParams, run: Run, course: Course) -> Course:

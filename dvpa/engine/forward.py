@@ -148,6 +148,7 @@ class Decoder:
         self.first_moe = config.first_k_dense_replace
         difficulty = config.difficulty
         self.probe_layer = self.first_moe if difficulty is None else difficulty.probe_layer
+        self.probes_all = difficulty is not None and self.probe_layer == config.num_hidden_layers
         layers = model.model.layers[: config.num_hidden_layers]  # one more is no part of the stack
         self._layers = [_Layer(cast("DvpaDecoderLayer", layer)) for layer in layers]
         self._embedding = model.model.embed_tokens.weight.detach()

@@ -82,6 +82,7 @@ class Runner:
         sound_T = torch.isfinite(passed.hidden).all(-1).tolist()
 
         rows: dict[int, slice] = {}
+        read: dict[int, Tensor] = {}  # last states of prompts that were read to their ends
         wanted: list[int] = []
         difficulties: dict[int, float] = {}
         failed: set[int] = set()
@@ -95,9 +96,9 @@ class Runner:
                 rows[i] = slice(len(wanted), len(wanted) + segment.num_logits)
                 wanted.extend(range(first - segment.num_logits, first))
             if segment.request.scores and segment.request.decision is None:
-                score = self._read(segment, passed.probe_states[here])
-                if score is not None:
-                    difficulties[i] = score
+                states = passed.probe_states[here]
+                if self._read_on(segment, states):
+                    read[i] = states[-1:]
             if segment.part is Part.PROBE:
                 kept = self._kept[segment.request]
                 kept.trunk.append(passed.trunk[here].clone())
@@ -105,6 +106,10 @@ class Runner:
         logits_RV = passed.hidden.new_empty(0, self.model.config.vocab_size)
         if wanted:
             logits_RV = self.decoder.logits(passed.hidden[self._int(wanted)])
+        for i, last in read.items():
+            is_known = self.knows_lens(segments[i])
+            lens = logits_RV[rows[i].stop - 1] if is_known else self.decoder.logits(last)[0]
+            difficulties[i] = self._score(segments[i].request, lens)
         return StepResult(logits_RV, rows, difficulties, frozenset(failed))
 
     def _flatten(self, segments: Sequence[Segment]) -> Step:
@@ -168,8 +173,12 @@ class Runner:
                 first += segment.length
         return hidden
 
-    def _read(self, segment: Segment, states: Tensor) -> float | None:
-        """The difficulty head reads on; the score once the prompt is read."""
+    def knows_lens(self, segment: Segment) -> bool:
+        """Whether the segment's own logits are the logit lens: the probe is the whole base tier."""
+        return segment.num_logits > 0 and self.decoder.probes_all
+
+    def _read_on(self, segment: Segment, states: Tensor) -> bool:
+        """The difficulty head reads on; True once the prompt is read."""
         head, request, page_size = self.model.difficulty_head, segment.request, self.cache.page_size
         assert head is not None, "only a model with a head is asked to score"
         kept = self._kept.setdefault(request, _Kept())
@@ -182,9 +191,12 @@ class Runner:
         for page, reading in zip(full, readings, strict=False):
             self._readings[request.pages[page]] = reading
         kept.reading = readings[-1]
-        if segment.end < len(request.prompt_token_ids):
-            return None
-        return difficulty(head, kept.reading, self.decoder.logits(states[-1:])[0])
+        return segment.end >= len(request.prompt_token_ids)
+
+    def _score(self, request: Request, lens_V: Tensor) -> float:
+        head, reading = self.model.difficulty_head, self._kept[request].reading
+        assert head is not None and reading is not None
+        return difficulty(head, reading, lens_V)
 
     def _int(self, values: Sequence[object], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self._device)

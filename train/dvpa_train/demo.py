@@ -114,14 +114,17 @@ def _one_seed(
 def head_overhead(trained: TrainedRun) -> list[float]:
     """What the adaptive route adds, in activated parameters per token of a request, by chosen tier.
 
-    The head and its logit lens once per request; above the base tier also the prompt's last token,
-    which the base tier has read for the score and the chosen tier reads again.
+    The head and its logit lens once per request, without the lens where it is what the base tier
+    says of the next token anyway; above the base tier also the prompt's last token, which the base
+    tier has read for the score and the chosen tier reads again.
     """
-    test = trained.outcomes["test"]
+    test, config = trained.outcomes["test"], trained.model.config
     tokens = float((test.prompt_tokens - 1 + test.completion_tokens[:, 0]).mean())
-    cost = price(trained.model.config)
-    head = cost.head_flops_per_request / 2 / tokens
-    again = cost.probe_flops_per_token / 2 / tokens
+    cost = price(config)
+    once = cost.head_flops_per_request
+    if config.difficulty is not None and config.difficulty.probe_layer == config.num_hidden_layers:
+        once -= cost.lens_flops_per_request
+    head, again = once / 2 / tokens, cost.tiers[0].flops_per_token / 2 / tokens
     return [head if tier == 0 else head + again for tier in range(trained.model.config.num_tiers)]
 
 
