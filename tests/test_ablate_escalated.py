@@ -124,6 +124,7 @@ def test_a_study_counts_what_the_engine_did(
     assert result["escalation"]["share_escalated"] == pytest.approx((fake.times > 0).mean())
     assert result["escalation"]["upper"] == 0.6
     assert result["frontier"] == plain["frontier"]
+    assert result["budget"] == plain["budget"]
     assert "escalation" not in plain
 
 

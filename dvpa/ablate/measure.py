@@ -46,8 +46,8 @@ Point = tuple[dict[str, Any], dict[str, FloatArray]]
 def measure_map(model: MeasuredModel, variant: MapVariant, folder: Path | None = None) -> Point:
     """The numbers of one map point, and the quality of each test request [N] by router.
 
-    `folder`: the model's, for variants with escalation. Their frontier, APGR and calibration are
-    of the map alone; everything else is of what the engine did.
+    `folder`: the model's, for variants with escalation. Their budget, frontier, APGR and
+    calibration are of the map alone; everything else is of what the engine did.
 
     Raises:
         ValueError: the variant names other tiers than the model has, or its budget or guard cannot
@@ -60,7 +60,7 @@ def measure_map(model: MeasuredModel, variant: MapVariant, folder: Path | None =
     tiers = fitted.tiers(test.difficulty)
     costs = model.costs(test)
     adaptive = Choice(tiers, costs + model.overhead)
-    escalated = None
+    planned, escalated = spent(adaptive.prices, tiers), None
     if variant.escalation is not None:
         assert folder is not None
         params = EscalationParams(**variant.escalation)
@@ -82,8 +82,8 @@ def measure_map(model: MeasuredModel, variant: MapVariant, folder: Path | None =
         "seed": model.seed,
         "budget": {
             "limit": limit,
-            "realised": target,
-            "deviation": None if limit is None else target / limit - 1.0,
+            "realised": planned,
+            "deviation": None if limit is None else planned / limit - 1.0,
         },
         "quality": quality,
         "mean_activated_params": target,
