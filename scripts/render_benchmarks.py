@@ -278,8 +278,9 @@ def render_tier_map(result: dict[str, Any]) -> str:
 
 def render_ablation(result: dict[str, Any]) -> str:
     """Recipes and tier maps over seeds."""
-    title = f"Ablation: recipes and tier maps on {result['study']['name']}"
-    return sections(title, ablation_page.ablation_parts(result), result)
+    name = result["study"]["name"]
+    title = ABLATIONS.get(name, f"recipes and tier maps on {name}")
+    return sections(f"Ablation: {title}", ablation_page.ablation_parts(result), result)
 
 
 def render_architectures(result: dict[str, Any]) -> str:
@@ -305,10 +306,16 @@ def render_pools(result: dict[str, Any]) -> str:
     return sections("Pools of a converted DeepSeek-V3", [pools_page.pools_part(result)], result)
 
 
+ABLATIONS = {
+    "gates": "how the gate is normalised",
+    "escalation": "escalation while decoding",
+}
 RENDERERS = {
     "demo": render_demo,
     "words": render_words,
     "ablation_nano": render_ablation,
+    "ablation_escalation": render_ablation,
+    "ablation_gates": render_ablation,
     "ablation_architecture": render_architectures,
     "difficulty": render_difficulty,
     "tier_map": render_tier_map,

@@ -173,6 +173,15 @@ def test_requantise_takes_the_best_scale_of_each_block(
         assert torch.equal(naive(codes, scales), exact)
 
 
+def test_a_parents_scale_of_zero_is_not_taken() -> None:
+    weight = torch.zeros(130, 130)
+    weight[:128, :128] = torch.randn(128, 128, generator=torch.Generator().manual_seed(0))
+    codes, scales = requantise(weight, [torch.zeros(2, 2)])
+    assert bool((scales > 0).all())
+    assert torch.isfinite(dequantise(codes, scales)).all()
+    assert float((dequantise(codes, scales) - weight).norm() / weight.norm()) < 0.03
+
+
 def test_encode_saturates() -> None:
     """A parent's scale may be too small for the mean of two parents."""
     weight = torch.tensor([[1.0, -1000.0, 447.0, 470.0]])

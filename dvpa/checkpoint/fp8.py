@@ -120,7 +120,8 @@ def _squared_error(tiles: Tensor, scale_inv: Tensor) -> Tensor:
     """Of every block [..., blocks, blocks] in its elements [..., blocks, n, blocks, 128]."""
     scale = scale_inv[..., :, None, :, None]
     found = (tiles / scale).clamp_(-LARGEST, LARGEST).to(DTYPE).float()
-    return found.mul_(scale).sub_(tiles).square_().sum((-3, -1))
+    error = found.mul_(scale).sub_(tiles).square_().sum((-3, -1))
+    return error.nan_to_num_(nan=float("inf"))  # a scale of zero, which a block of zeros may have
 
 
 def _tiles(weight: Tensor) -> Tensor:
