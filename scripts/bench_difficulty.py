@@ -28,6 +28,7 @@ from sklearn.pipeline import make_pipeline
 from transformers import AutoTokenizer
 
 from dvpa.evaluate.metrics import partial_spearman, spearman
+from dvpa.evaluate.replacing import write_atomically
 from dvpa.evaluate.report import describe_environment
 from dvpa.evaluate.table import OutcomeTable
 from dvpa.model import DvpaForCausalLM
@@ -43,6 +44,7 @@ RECIPE = "train/problems.yaml"
 KINDS = {"gsm8k_train": "GSM8K", "svamp": "SVAMP"}
 CURVE_GROUPS = 5
 SVAMP_TEST = 0.25
+MEASURED = "difficulty.json"  # of a seed, in its folder
 
 
 def main() -> None:
@@ -63,7 +65,10 @@ def main() -> None:
         folder = arguments.run / f"seed-{seed}"
         if not (folder / "report.json").is_file():
             run_recipe(recipe, folder, Console(stderr=True))
-        rows.append(of_seed(recipe, folder))
+        measured = folder / MEASURED
+        if not measured.is_file():
+            write_atomically(measured, json.dumps(of_seed(recipe, folder)))
+        rows.append(json.loads(measured.read_text()))
         print(seed, json.dumps(rows[-1]), flush=True)
     result = {
         "command": f"python scripts/bench_difficulty.py RUN --seeds {len(seeds)}",
