@@ -61,8 +61,9 @@ class ModelPrice:
     head are the model's own and not counted again. 0 without the module.
 
     `probe_flops_per_token`: what scoring costs per prompt token (the layers before the head, at the
-    base tier); `head_flops_per_request`: the head and its logit lens, once, of which the lens is
-    `lens_flops_per_request`. All 0 without a head.
+    base tier); `head_flops_per_request`: the head and its logit lens, once; of these
+    `shared_lens_flops` are not spent where the base tier reads the prompt, since its own logits are
+    the lens (0 where the probe is not all of its layers). All 0 without a head.
     `trunk_flops_per_token`: the dense first layers, which no tier runs twice.
     """
 
@@ -71,9 +72,23 @@ class ModelPrice:
     head_params: int
     probe_flops_per_token: int
     head_flops_per_request: int
-    lens_flops_per_request: int
+    shared_lens_flops: int
     trunk_flops_per_token: int
     tiers: tuple[TierPrice, ...]
+
+    def scoring_flops(self, prompt_tokens: int, tier: int, read_prompt: str = "tier") -> int:
+        """What deciding a request's tier adds, as the engine counts it.
+
+        The head; above the base tier also the probe layers where the tier reads the prompt
+        (`read_prompt`), whose trunk is not run twice, or else ("base") the prompt's last token,
+        which the base tier has read before.
+        """
+        head = self.head_flops_per_request
+        if read_prompt == "base":
+            again = self.tiers[0].flops_per_token if head and tier else 0
+            return head - self.shared_lens_flops + again
+        again = self.probe_flops_per_token - self.trunk_flops_per_token
+        return head + (again * prompt_tokens if head and tier else 0)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary, the schema of `dvpa plan --json`."""
@@ -120,10 +135,13 @@ def price(config: "Architecture", context: int = 0) -> ModelPrice:
     head = _head_params(config)
     probe = _probe_flops(config, context)
     lens = 2 * config.vocab_size * config.hidden_size if head else 0
+    probes_all = head and config.difficulty.probe_layer == config.num_hidden_layers
     trunk = _layer_flops(config, context, config.first_k_dense_replace)
     total = tiers[-1].tier_params + head
     mtp = sum(w.size * w.stored for w in _mtp(config, num_tiers - 1))
-    return ModelPrice(total, mtp, head, probe, 2 * head + lens, lens, trunk, tiers)
+    return ModelPrice(
+        total, mtp, head, probe, 2 * head + lens, lens if probes_all else 0, trunk, tiers
+    )
 
 
 def _tier_price(

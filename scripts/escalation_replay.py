@@ -208,11 +208,7 @@ class Replay:
         """FLOPs of choosing a tier: nobody needs a head, or reads twice, where all start at one."""
         if self.start.tier is None or self.start.is_whole:
             return 0.0
-        twice = self._price.tiers[0].flops_per_token if first_tier else 0
-        once = self._price.head_flops_per_request
-        if self.engine.runner.decoder.probes_all:
-            once -= self._price.lens_flops_per_request
-        return float(once + twice)
+        return float(self._price.scoring_flops(0, first_tier, "base"))
 
 
 def follow(params: EscalationParams, run: Run, course: Course) -> Course:

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from transformers import AutoTokenizer
 
 from dvpa.ablate.models import TEST_TASKS, MeasuredModel
 from dvpa.engine import Engine, EscalationParams, SamplingParams
-from dvpa.model import DvpaForCausalLM
 from dvpa.tasks import TaskSet, verify
 from dvpa.tiers.tier_map import TierMap
 
@@ -48,14 +46,12 @@ def answer_escalating(
     path = folder / TEST_TASKS
     if not path.is_file():
         raise ValueError(f"escalation: {path}: missing; remove the folder to train it again")
-    by_id = {task.id: task for task in TaskSet.from_jsonl(path)}
+    # Compared as text, as in the tables of outcomes.
+    by_id = {task.id: task for task in TaskSet.from_jsonl(path, numeric=False)}
     test = model.parts["test"]
     tasks = [by_id[key] for key in test.ids]
-    checkpoint = DvpaForCausalLM.from_pretrained(folder / "checkpoint")
-    checkpoint.tier_map = tier_map
     engine = Engine(
-        checkpoint,
-        AutoTokenizer.from_pretrained(folder / "checkpoint", split_special_tokens=True),
+        folder / "checkpoint",
         dtype="float32",
         read_prompt="base",
         escalation=params,
@@ -63,6 +59,7 @@ def answer_escalating(
         max_num_batched_tokens=16 * BATCH,
         allow_degradation=False,
     )
+    engine.set_tier_map(tier_map)
     longest = int(test.completion_tokens.max()) + EXTRA_TOKENS
     outputs = engine.generate(
         [task.question for task in tasks], SamplingParams(temperature=0.0, max_tokens=longest)

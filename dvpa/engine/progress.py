@@ -219,7 +219,7 @@ class Progress:
             return False
         request.flops += self._price.head_flops_per_request
         if self._runner.knows_lens(segment):
-            request.flops -= self._price.lens_flops_per_request
+            request.flops -= self._price.shared_lens_flops
         request.scored = self._clock()
         decision = request.decision = self._decide(request, difficulty)
         if request.only_routes:

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from dvpa.engine import Engine, RequestOutput, SamplingParams
 from dvpa.evaluate.replacing import write_atomically
 from dvpa.evaluate.table import OutcomeTable
-from dvpa.pricing import ModelPrice, price
+from dvpa.pricing import price
 from dvpa.tasks.encoding import encode_tasks
 from dvpa.tasks.task_set import Task, verify
 from dvpa.tiers.tier_map import NEVER, TierMap
@@ -180,7 +180,7 @@ class _Chunks:
                 if tasks[i].by_nll:
                     length = int(prompt_tokens[i] + tokens[i, tier] - 1)
                     flops = length * self.price.tiers[tier].flops_per_token
-                    extra = scoring_flops(self.price, int(prompt_tokens[i]), tier)
+                    extra = self.price.scoring_flops(int(prompt_tokens[i]), tier)
                     wide["flops"][i, tier] = flops + extra
                     wide["ms"][i, tier] = ms + score_ms[i]
         by_nll = np.array([task.by_nll for task in tasks])
@@ -253,22 +253,6 @@ class _Chunks:
         read = (prompt_tokens - 1)[:, None].astype(float)
         total = self.activated[0] * read + self.activated * tokens
         return np.asarray(total / (read + tokens))
-
-
-def scoring_flops(
-    model_price: ModelPrice, prompt_tokens: int, tier: int, read_prompt: str = "tier"
-) -> int:
-    """What deciding a request's tier adds, as the engine counts it.
-
-    The head; above the base tier also the probe layers where the tier reads the prompt, whose trunk
-    is not run twice, or else the prompt's last token, which the base tier has read before.
-    """
-    if not model_price.head_flops_per_request or tier == 0:
-        return model_price.head_flops_per_request
-    if read_prompt == "base":
-        return model_price.head_flops_per_request + model_price.tiers[0].flops_per_token
-    again = model_price.probe_flops_per_token - model_price.trunk_flops_per_token
-    return model_price.head_flops_per_request + again * prompt_tokens
 
 
 def _fitting(

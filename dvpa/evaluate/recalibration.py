@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from dvpa.evaluate.calibration import CalibrationOptions, of_whole
-from dvpa.evaluate.engine_outcomes import scoring_flops
 from dvpa.evaluate.server_logs import ServerLog
 from dvpa.pricing import ModelPrice
 from dvpa.tiers.budget import Split, Traffic
@@ -116,7 +115,7 @@ def logged_costs(
     if unit == "flops":
         plain = _by_tier(log, [tier.flops_per_token for tier in tiers], read_prompt)
         extra = [
-            [scoring_flops(model_price, prompt, tier, read_prompt) for tier in range(len(tiers))]
+            [model_price.scoring_flops(prompt, tier, read_prompt) for tier in range(len(tiers))]
             for prompt in log.prompt_tokens.tolist()
         ]
         return plain + np.array(extra, dtype=float)

@@ -121,11 +121,7 @@ def head_overhead(trained: TrainedRun) -> list[float]:
     test, config = trained.outcomes["test"], trained.model.config
     tokens = float((test.prompt_tokens - 1 + test.completion_tokens[:, 0]).mean())
     cost = price(config)
-    once = cost.head_flops_per_request
-    if config.difficulty is not None and config.difficulty.probe_layer == config.num_hidden_layers:
-        once -= cost.lens_flops_per_request
-    head, again = once / 2 / tokens, cost.tiers[0].flops_per_token / 2 / tokens
-    return [head if tier == 0 else head + again for tier in range(trained.model.config.num_tiers)]
+    return [cost.scoring_flops(0, tier, "base") / 2 / tokens for tier in range(config.num_tiers)]
 
 
 def measure_ms(trained: TrainedRun, requests: int = 10, rounds: int = 3) -> dict[str, list[float]]:
