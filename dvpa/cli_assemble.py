@@ -58,7 +58,9 @@ def assemble(arguments: argparse.Namespace) -> None:
     plan = plan_assembly(recipe)
     for text in plan.warnings:
         print(f"dvpa: note: {text}", file=sys.stderr)
-    with _progress(plan.num_bytes, "comparing" if arguments.dry_run else "assembling") as advance:
+    with _progress(
+        plan.steps.num_bytes, "comparing" if arguments.dry_run else "assembling"
+    ) as advance:
         if arguments.dry_run:
             report = survey_plan(plan, arguments.threads, advance)
         else:
@@ -123,7 +125,7 @@ def _show(report: "AssemblyReport", out: Path | None) -> None:
     from rich import box
     from rich.table import Table
 
-    from dvpa.checkpoint.assembly_steps import ACTIONS
+    from dvpa.checkpoint.step_table import ACTIONS
 
     name = report.recipe["name"]
     title = f"{name}: {report.tensors:,} tensors, {report.num_bytes / 1e9:.3g} GB"

@@ -26,7 +26,8 @@ from torch import Tensor
 from dvpa.checkpoint.assemble import assemble, survey
 from dvpa.checkpoint.assembly_plan import plan_assembly
 from dvpa.checkpoint.fp8 import dequantise
-from dvpa.checkpoint.headers import INDEX_FILE, raw_header
+from dvpa.checkpoint.headers import raw_header
+from dvpa.checkpoint.index_stream import INDEX_FILE
 from dvpa.checkpoint.recipe import load_recipe
 from dvpa.checkpoint.tensor_class import place_of
 
@@ -111,8 +112,9 @@ def test_neighbours_are_combined_together_where_they_are_neighbours_everywhere(
         rules = [{"match": "all", "lambda": {"a": 0.6, names[1]: 0.4}}]
         recipe = write_recipe(tmp_path / f"{names}.yaml", folders, rules)
         plan = plan_assembly(load_recipe(recipe))
-        assert sorted(i for unit in plan.units for i in unit) == list(range(77))
-        assert (len(plan.units) < 20) == (names == "ab")
+        units = list(plan.steps.units())
+        assert sorted(step.number for unit in units for step in unit) == list(range(77))
+        assert (len(units) < 20) == (names == "ab")
         assemble(recipe, tmp_path / names)
         result = load(tmp_path / names)
         assert all(same(result[n], formula([0.6, 0.4], [left[n], partner[n]])) for n in left)

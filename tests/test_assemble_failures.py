@@ -27,7 +27,7 @@ from assembly_world import (
 from torch import Tensor
 
 from dvpa.checkpoint.assemble import assemble
-from dvpa.checkpoint.headers import INDEX_FILE
+from dvpa.checkpoint.index_stream import INDEX_FILE
 from dvpa.cli import main
 
 MATRIX = "model.layers.2.self_attn.kv_a_proj_with_mqa.weight"

@@ -31,7 +31,7 @@ from assembly_world import (
 
 from dvpa.checkpoint.assemble import assemble
 from dvpa.checkpoint.folders import INCOMPLETE_MARK
-from dvpa.checkpoint.headers import INDEX_FILE
+from dvpa.checkpoint.index_stream import INDEX_FILE
 from dvpa.checkpoint.shard_files import ShardFiles
 
 TRIALS = int(os.environ.get("DVPA_KILL_TRIALS", "2"))

@@ -14,14 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Lock
+from typing import Any
 
 from dvpa.checkpoint.assembly_output import check_room, finish_folder
-from dvpa.checkpoint.assembly_plan import FP8, Plan, plan_assembly
+from dvpa.checkpoint.assembly_plan import Plan, plan_assembly
 from dvpa.checkpoint.assembly_report import AssemblyReport, build_report
-from dvpa.checkpoint.assembly_steps import Outcome, ParentFiles, StepRunner
+from dvpa.checkpoint.assembly_steps import ParentFiles, StepRunner
 from dvpa.checkpoint.folders import resumable_folder
 from dvpa.checkpoint.recipe import Recipe, load_recipe
 from dvpa.checkpoint.shard_files import ShardFiles
+from dvpa.checkpoint.step_table import Outcome, Outcomes, Step
 
 Progress = Callable[[int], object]
 
@@ -78,7 +80,8 @@ def assemble_plan(
         resumed = len(files.finished)
         try:
             check_room(folder, plan.base, files)
-            outcomes = _earlier_outcomes(plan, files)
+            outcomes = Outcomes(len(plan.steps))
+            _recall(plan, files, outcomes, on_progress)
             _run(plan, parents, files, outcomes, threads, compare, on_progress)
             files.close()
         except BaseException:
@@ -98,7 +101,7 @@ def survey_plan(
     """`survey` with a plan at hand."""
     started = time.perf_counter()
     parents = ParentFiles(plan)
-    outcomes: list[Outcome | None] = [None] * len(plan.steps)
+    outcomes = Outcomes(len(plan.steps))
     try:
         _run(plan, parents, None, outcomes, threads, True, on_progress)
     finally:
@@ -110,53 +113,55 @@ def _plan(recipe: Recipe | Path | str) -> Plan:
     return plan_assembly(recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
 
 
-def _earlier_outcomes(plan: Plan, files: ShardFiles) -> list[Outcome | None]:
-    """What an earlier run remembers of the tensors whose files it has finished."""
-    outcomes: list[Outcome | None] = []
+def _recall(
+    plan: Plan, files: ShardFiles, outcomes: Outcomes, on_progress: Progress | None
+) -> None:
+    """Take over what an earlier run remembers of the tensors whose files it has finished."""
+    if not files.finished:
+        return
+    shard, records = "", dict[str, Any]()
     for step in plan.steps:
         names = [step.name] if step.scale is None else [step.name, step.scale]
-        outcome = None
-        if all(files.is_finished(name) for name in names):
-            record = files.finished[files.shard_of(step.name)].records[step.name]
-            outcome = Outcome(*record)
-        outcomes.append(outcome)
-    return outcomes
+        if not all(files.is_finished(name) for name in names):
+            continue
+        if (name := files.shard_of(step.name)) != shard:
+            shard, records = name, files.records(name)
+        outcomes[step.number] = Outcome(*records[step.name])
+        if on_progress is not None:
+            on_progress(step.num_bytes)
 
 
 def _run(
     plan: Plan,
     parents: ParentFiles,
     files: ShardFiles | None,
-    outcomes: list[Outcome | None],
+    outcomes: Outcomes,
     threads: int | None,
     compare: bool,
     on_progress: Progress | None,
 ) -> None:
     """Fill in the outcomes that are None; the first failure stops every thread."""
-    for step, outcome in zip(plan.steps, outcomes, strict=True):
-        if outcome is not None and on_progress is not None:
-            on_progress(step.num_bytes)
-    units = iter([unit for unit in plan.units if any(outcomes[i] is None for i in unit)])
+    units = (unit for unit in plan.steps.units() if not outcomes.are_known(unit))
     lock, stop = Lock(), Event()
 
     def work() -> None:
         runner = StepRunner(plan, parents, files, compare)
         while not stop.is_set():
-            with lock:
-                unit = next(units, None)
-            if unit is None:
-                return
             try:
+                with lock:
+                    unit = next(units, None)
+                if unit is None:
+                    return
                 results = runner.run(unit)
-                for i, outcome in zip(unit, results, strict=True):
-                    _finish(plan, files, i, outcome)
+                for step, outcome in zip(unit, results, strict=True):
+                    _finish(files, step, outcome)
             except BaseException:
                 stop.set()
                 raise
-            for i, outcome in zip(unit, results, strict=True):
-                if outcomes[i] is None and on_progress is not None:
-                    on_progress(plan.steps[i].num_bytes)
-                outcomes[i] = outcome
+            for step, outcome in zip(unit, results, strict=True):
+                if outcomes[step.number] is None and on_progress is not None:
+                    on_progress(step.num_bytes)
+                outcomes[step.number] = outcome
 
     count = threads or len(os.sched_getaffinity(0))
     with _single_threaded_torch(plan), ThreadPoolExecutor(count) as pool:
@@ -169,9 +174,8 @@ def _run(
             raise
 
 
-def _finish(plan: Plan, files: ShardFiles | None, index: int, outcome: Outcome) -> None:
+def _finish(files: ShardFiles | None, step: Step, outcome: Outcome) -> None:
     if files is not None:
-        step = plan.steps[index]
         files.finish(step.name, outcome)
         if step.scale is not None:
             files.finish(step.scale)
@@ -180,7 +184,7 @@ def _finish(plan: Plan, files: ShardFiles | None, index: int, outcome: Outcome) 
 @contextmanager
 def _single_threaded_torch(plan: Plan) -> Iterator[None]:
     """Our threads share out the tensors; PyTorch's would only fight with them."""
-    if not any(step.info.dtype == FP8 for step in plan.steps):
+    if not plan.steps.num_scales:
         yield
         return
     import torch

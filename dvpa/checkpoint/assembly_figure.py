@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from dvpa.checkpoint.assembly_steps import COPIED, KEPT, MERGED
+from dvpa.checkpoint.step_table import COPIED, KEPT, MERGED
 
 WIDTH, LEFT, RIGHT = 760, 150, 110
 ROW, BAR, TOP = 52, 40, 34

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from dvpa.checkpoint.assembly_figure import histogram_svg
 from dvpa.checkpoint.assembly_page import FIGURE, render_card, render_page
 from dvpa.checkpoint.assembly_plan import Plan
 from dvpa.checkpoint.assembly_report import AssemblyReport, tensor_rows
-from dvpa.checkpoint.assembly_steps import Outcome
 from dvpa.checkpoint.folders import copy_file, sync_and_close, write_json
-from dvpa.checkpoint.headers import INDEX_FILE, ShardHeaders
+from dvpa.checkpoint.index_stream import INDEX_FILE
 from dvpa.checkpoint.shard_files import FinishedShard, ShardFiles, remove_journals
+from dvpa.checkpoint.step_table import Outcomes
+from dvpa.checkpoint.stored_headers import StoredHeaders
 
 MANIFEST = "manifest.json"
 REPORT, PAGE, TENSORS, CARD = "assembly.json", "assembly.html", "assembly_tensors.csv", "README.md"
@@ -27,7 +28,7 @@ _SIDE_NAMES = ("LICENSE", "LICENCE", "NOTICE")
 _ROOM_BESIDE = 16_000_000  # reports and side files
 
 
-def check_room(folder: Path, base: ShardHeaders, files: ShardFiles) -> None:
+def check_room(folder: Path, base: StoredHeaders, files: ShardFiles) -> None:
     """Check that what is still to be written fits.
 
     Raises:
@@ -47,7 +48,7 @@ def finish_folder(
     folder: Path,
     plan: Plan,
     report: AssemblyReport,
-    outcomes: Sequence[Outcome | None],
+    outcomes: Outcomes,
     shards: Mapping[str, FinishedShard],
 ) -> None:
     """Write what turns finished shards into a checkpoint; the config and the index come last."""

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from dvpa.checkpoint.assembly_figure import histogram_svg
-from dvpa.checkpoint.assembly_steps import ACTIONS
+from dvpa.checkpoint.step_table import ACTIONS
 
 FIGURE = "assembly.svg"
 _STYLE = """

@@ -6,17 +6,18 @@ and shapes, and every name falls under a rule. FP8 weights are taken together wi
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from dvpa.checkpoint.headers import INDEX_FILE, ShardHeaders, TensorInfo
-from dvpa.checkpoint.interpolate import FORMATS
+from dvpa.checkpoint.headers import TensorInfo
 from dvpa.checkpoint.recipe import Recipe, Rule
-from dvpa.checkpoint.tensor_class import Place, place_of
+from dvpa.checkpoint.scratch_database import ScratchDatabase
+from dvpa.checkpoint.step_table import SCALE_SUFFIX, Step, StepTable
+from dvpa.checkpoint.stored_headers import StoredHeaders
+from dvpa.checkpoint.tensor_class import place_of
 
-SCALE_SUFFIX = "_scale_inv"
 BLOCK = 128
 FP8 = "F8_E4M3"
 CHUNK_BYTES = 1 << 20  # what is read and combined at a time
@@ -24,42 +25,24 @@ WORD = 8
 _IGNORED_FIELDS = ("_name_or_path", "transformers_version", "auto_map")
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One tensor, or an FP8 weight and its scale, to be taken or combined under a rule."""
-
-    name: str
-    scale: str | None
-    place: Place
-    rule: int
-    info: TensorInfo
-    num_bytes: int  # of the result, the scale's included
-
-
 @dataclass(frozen=True)
 class Plan:
-    """Every step, in the order of the base's files; `units` are those decided together, by index.
+    """Every step, in the order of the base's files. One run at a time.
 
     `config_differences` maps fields of config.json to each parent's value where they differ.
     """
 
     recipe: Recipe
-    parents: tuple[ShardHeaders, ...]
-    steps: tuple[Step, ...]
-    units: tuple[tuple[int, ...], ...]
+    parents: tuple[StoredHeaders, ...]
+    steps: StepTable
     config: Mapping[str, Any]
     config_differences: Mapping[str, Mapping[str, Any]]
     warnings: tuple[str, ...]
 
     @property
-    def base(self) -> ShardHeaders:
+    def base(self) -> StoredHeaders:
         """The parent whose names and layout the result has."""
         return self.parents[self.recipe.base_index]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of tensor data in the result."""
-        return sum(step.num_bytes for step in self.steps)
 
     def rule(self, step: Step) -> Rule:
         """The rule of a step."""
@@ -88,14 +71,12 @@ def plan_assembly(recipe: Recipe) -> Plan:
     configs = {name: _read_config(folder) for name, folder in recipe.parents.items()}
     base_config = configs[recipe.base]
     differences = _compare_configs(configs)
-    parents = tuple(_read_parent(folder) for folder in recipe.parents.values())
+    database = ScratchDatabase()
+    parents = tuple(StoredHeaders(folder, database) for folder in recipe.parents.values())
     base = parents[recipe.base_index]
     for parent in parents:
-        _check_same(base, parent)
-    steps = tuple(_steps(recipe, base, base_config))
-    for step in steps:
-        _check_step(step, recipe.rules[step.rule], base.folder)
-    used = {step.rule for step in steps}
+        base.check_same(parent)
+    steps, used = _plan_steps(recipe, parents, base_config, database)
     warnings = [
         f"rules[{i}] ({rule.describe()}) matches no tensor"
         for i, rule in enumerate(recipe.rules)
@@ -107,61 +88,57 @@ def plan_assembly(recipe: Recipe) -> Plan:
         + f"); {recipe.base}'s is kept"
         for key, values in differences.items()
     ]
-    units = _units(steps, recipe, parents)
-    return Plan(recipe, parents, steps, units, base_config, differences, tuple(warnings))
+    return Plan(recipe, parents, steps, base_config, differences, tuple(warnings))
 
 
-def _read_parent(folder: Path) -> ShardHeaders:
-    headers = ShardHeaders(folder)
-    for name in headers.unindexed:
-        file = headers.locate(name)[0].name
-        raise ValueError(f"{folder / INDEX_FILE}: {name}: in {file}, but not in the index")
-    if not headers.tensors:
-        raise ValueError(f"{folder}: holds no tensors")
-    return headers
+def _plan_steps(
+    recipe: Recipe,
+    parents: tuple[StoredHeaders, ...],
+    config: Mapping[str, Any],
+    database: ScratchDatabase,
+) -> tuple[StepTable, set[int]]:
+    """The steps, and the rules that take any.
 
-
-def _check_same(base: ShardHeaders, parent: ShardHeaders) -> None:
-    for name, info in base.tensors.items():
-        other = parent.tensors.get(name)
-        if other is None:
-            raise ValueError(f"{parent.folder}: {name}: missing, {base.folder} has it")
-        if other != info:
-            raise ValueError(
-                f"{parent.folder}: {name}: {other.dtype} {list(other.shape)}, "
-                f"{base.folder} has {info.dtype} {list(info.shape)}"
-            )
-    for name in parent.tensors:
-        if name not in base.tensors:
-            raise ValueError(f"{parent.folder}: {name}: unaccounted for, not in {base.folder}")
-
-
-def _steps(recipe: Recipe, base: ShardHeaders, config: Mapping[str, Any]) -> list[Step]:
+    A unit is one step, but an expert's steps where a threshold is about the expert, and small
+    tensors that will be combined alike and lie one after the other everywhere.
+    """
+    base = parents[recipe.base_index]
     num_layers = _num_layers(config, base.folder)
-    steps, scales = [], set()
-    for name, info in base.tensors.items():
-        if name.endswith(SCALE_SUFFIX):
-            continue
-        scale = name + SCALE_SUFFIX
-        scale_info = base.tensors.get(scale)
-        num_bytes = info.num_bytes
-        if scale_info is not None:
-            scales.add(scale)
-            num_bytes += scale_info.num_bytes
-            _check_scale(base.folder, name, info, scale_info)
-        place = place_of(name, num_layers)
-        rule = recipe.rule_of(name, place)
-        steps.append(Step(name, scale if scale_info else None, place, rule, info, num_bytes))
-    for name in base.tensors:
-        if name.endswith(SCALE_SUFFIX) and name not in scales:
-            raise ValueError(f"{base.folder}: {name}: a scale without its weight")
+    steps, used = StepTable(database, num_layers), set()
+    open_unit: _Unit | None = None  # the one that the next step may join
+    for step in _steps(recipe, base, num_layers):
+        rule = recipe.rules[step.rule]
+        used.add(step.rule)
+        _check_step(step, rule, base.folder)
+        unit: int | None = None
+        if rule.expert_delta > 0 and step.place.expert is not None:
+            unit, open_unit = steps.unit_of(step), None
+        elif open_unit is not None and _goes_on(open_unit, step, rule, parents):
+            unit = open_unit.first.number
+            open_unit = _Unit(open_unit.first, step, open_unit.size + step.info.num_bytes)
+        else:
+            open_unit = _Unit(step, step, step.info.num_bytes)
+        steps.add(step, step.number if unit is None else unit)
     blocks = (config.get("quantization_config") or {}).get("weight_block_size")
-    if scales and blocks not in (None, [BLOCK, BLOCK]):
+    if steps.num_scales and blocks not in (None, [BLOCK, BLOCK]):
         raise ValueError(
             f"{base.folder / 'config.json'}: quantization_config.weight_block_size: {blocks} must "
             f"be [{BLOCK}, {BLOCK}]"
         )
-    return steps
+    return steps, used
+
+
+def _steps(recipe: Recipe, base: StoredHeaders, num_layers: int) -> Iterator[Step]:
+    for number, (name, info, scale_info) in enumerate(base.items_with(SCALE_SUFFIX)):
+        num_bytes = info.num_bytes
+        if scale_info is not None:
+            num_bytes += scale_info.num_bytes
+            _check_scale(base.folder, name, info, scale_info)
+        place = place_of(name, num_layers)
+        scale = None if scale_info is None else name + SCALE_SUFFIX
+        yield Step(number, name, scale, place, recipe.rule_of(name, place), info, num_bytes)
+    if (lone := base.lone(SCALE_SUFFIX)) is not None:
+        raise ValueError(f"{base.folder}: {lone}: a scale without its weight")
 
 
 def _check_scale(folder: Path, name: str, info: TensorInfo, scale: TensorInfo) -> None:
@@ -176,7 +153,7 @@ def _check_scale(folder: Path, name: str, info: TensorInfo, scale: TensorInfo) -
 def _check_step(step: Step, rule: Rule, folder: Path) -> None:
     """Some tensors can be copied but neither combined nor compared."""
     is_mixed = sum(share > 0 for share in rule.shares) > 1
-    if is_mixed and not can_combine(step):
+    if is_mixed and not step.can_combine:
         why = "has no scales" if step.info.dtype == FP8 else f"is {step.info.dtype}"
         raise ValueError(
             f"{folder}: {step.name}: {why}, which cannot be interpolated; give it a rule that "
@@ -184,43 +161,23 @@ def _check_step(step: Step, rule: Rule, folder: Path) -> None:
         )
 
 
-def can_combine(step: Step) -> bool:
-    """Whether values can be computed with: floats, and FP8 with scales."""
-    return step.info.dtype in FORMATS or step.scale is not None
+class _Unit(NamedTuple):
+    """Steps that are combined in one chunk: the ends, and the bytes of all of them."""
+
+    first: Step
+    last: Step
+    size: int
 
 
-def _units(
-    steps: tuple[Step, ...], recipe: Recipe, parents: tuple[ShardHeaders, ...]
-) -> tuple[tuple[int, ...], ...]:
-    """Steps one by one, but an expert's together where a threshold is about the expert, and small
-    tensors together that will be combined alike and lie one after the other everywhere.
-    """
-    units: dict[Any, list[int]] = {}
-    previous: Any = None
-    for i, step in enumerate(steps):
-        rule = recipe.rules[step.rule]
-        key: Any = i
-        if rule.expert_delta > 0 and step.place.expert is not None:
-            key = (step.place.layer, step.place.expert, step.rule)
-        elif previous in units:
-            unit = [steps[k] for k in units[previous]]
-            if _goes_on(unit, step, rule, parents):
-                key = previous
-        units.setdefault(key, []).append(i)
-        previous = key
-    return tuple(tuple(unit) for unit in units.values())
-
-
-def _goes_on(unit: list[Step], step: Step, rule: Rule, parents: tuple[ShardHeaders, ...]) -> bool:
+def _goes_on(unit: _Unit, step: Step, rule: Rule, parents: tuple[StoredHeaders, ...]) -> bool:
     """Whether a step can be combined in one chunk with those before it."""
-    first, last = unit[0], unit[-1]
+    first, last, size = unit
     is_alike = (step.rule, step.info.dtype, step.scale) == (first.rule, first.info.dtype, None)
     is_mixed = sum(share > 0 for share in rule.shares) > 1
     has_limit = rule.delta > 0 or rule.expert_delta > 0
     if not is_alike or first.scale is not None or not is_mixed or has_limit:
         return False
-    sizes = [each.info.num_bytes for each in unit]
-    if sum(sizes) + step.info.num_bytes > CHUNK_BYTES or any(size % WORD for size in sizes):
+    if size + step.info.num_bytes > CHUNK_BYTES or size % WORD:
         return False
     for parent in parents:
         (file, offset), (before, start) = parent.locate(step.name), parent.locate(last.name)

@@ -1,17 +1,19 @@
 """What an assembly did, counted: coverage by class and rule, and how far the parents differ."""
 
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dvpa.checkpoint.assembly_plan import Plan, Step
-from dvpa.checkpoint.assembly_steps import ACTIONS, MERGED, Outcome
+from dvpa.checkpoint.assembly_plan import Plan
+from dvpa.checkpoint.step_table import ACTIONS, MERGED, Outcomes
 from dvpa.checkpoint.tensor_class import CLASSES
 
 BINS = 48
+Table = NDArray[np.void]
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class AssemblyReport:
 
 def build_report(
     plan: Plan,
-    outcomes: Sequence[Outcome | None],
+    outcomes: Outcomes,
     wall_seconds: float,
     bytes_read: int,
     resumed_shards: int,
@@ -77,30 +79,30 @@ def build_report(
     Raises:
         ValueError: a tensor without an outcome, or one that is in no step.
     """
-    done: list[tuple[Step, Outcome]] = []
-    for step, outcome in zip(plan.steps, outcomes, strict=True):
-        if outcome is None:
-            raise ValueError(f"{step.name}: unaccounted for")
-        done.append((step, outcome))
-    covered = {name for step in plan.steps for name in (step.name, step.scale)}
-    for name in plan.base.tensors:
-        if name not in covered:
-            raise ValueError(f"{name}: unaccounted for")
-    names = list(plan.recipe.parents)
-    classes, rules = [], []
-    for kind in CLASSES:
-        if rows := [pair for pair in done if pair[0].place.tensor_class == kind]:
-            classes.append(_coverage(kind, rows, names))
+    missing = np.flatnonzero(outcomes.table["action"] < 0)
+    if len(missing):
+        step = next(step for step in plan.steps if step.number == missing[0])
+        raise ValueError(f"{step.name}: unaccounted for")
+    counted, held = len(plan.steps) + plan.steps.num_scales, len(plan.base)
+    if counted != held:
+        raise ValueError(f"{plan.base.folder}: {held - counted} of {held} tensors unaccounted for")
+    steps, names = plan.steps.columns(), list(plan.recipe.parents)
+    classes = [
+        _coverage(kind, steps[rows], outcomes.table[rows], names)
+        for i, kind in enumerate(CLASSES)
+        if (rows := steps["class"] == i).any()
+    ]
+    rules = []
     for i, rule in enumerate(plan.recipe.rules):
-        rows = [pair for pair in done if pair[0].rule == i]
-        rules.append(_coverage(rule.describe(), rows, names))
+        rows = steps["rule"] == i
+        rules.append(_coverage(rule.describe(), steps[rows], outcomes.table[rows], names))
     return AssemblyReport(
         recipe={"name": plan.recipe.name, **plan.recipe.to_dict()},
-        tensors=len(plan.base.tensors),
-        num_bytes=plan.num_bytes,
+        tensors=held,
+        num_bytes=plan.steps.num_bytes,
         classes=classes,
         rules=rules,
-        histogram=_histogram(done),
+        histogram=_histogram(steps, outcomes.table),
         config_differences={key: dict(values) for key, values in plan.config_differences.items()},
         warnings=list(plan.warnings),
         wall_seconds=wall_seconds,
@@ -110,11 +112,12 @@ def build_report(
     )
 
 
-def tensor_rows(plan: Plan, outcomes: Sequence[Outcome | None]) -> Iterator[list[str]]:
+def tensor_rows(plan: Plan, outcomes: Outcomes) -> Iterator[list[str]]:
     """A header, then a row per tensor: name, class, rule, action, parent, difference, relative."""
     names = list(plan.recipe.parents)
     yield ["tensor", "class", "rule", "action", "parent", "difference", "relative"]
-    for step, outcome in zip(plan.steps, outcomes, strict=True):
+    for step in plan.steps:
+        outcome = outcomes[step.number]
         assert outcome is not None
         parent = "" if outcome.parent is None else names[outcome.parent]
         numbers = ["" if x is None else f"{x:.6g}" for x in (outcome.difference, outcome.relative)]
@@ -123,27 +126,26 @@ def tensor_rows(plan: Plan, outcomes: Sequence[Outcome | None]) -> Iterator[list
             yield [name, kind, str(step.rule), outcome.action, parent, *numbers]
 
 
-def _coverage(name: str, rows: Sequence[tuple[Step, Outcome]], parents: list[str]) -> Coverage:
-    actions, copied = dict.fromkeys(ACTIONS, 0), dict.fromkeys(parents, 0)
-    tensors = num_bytes = 0
-    for step, outcome in rows:
-        count = 1 if step.scale is None else 2
-        tensors += count
-        num_bytes += step.num_bytes
-        actions[outcome.action] += count
-        if outcome.action != MERGED and outcome.parent is not None:
-            copied[parents[outcome.parent]] += count
-    found = [(o.difference, o.relative) for _, o in rows if o.difference is not None]
-    relatives = [relative for _, relative in found if relative is not None]
+def _coverage(name: str, steps: Table, outcomes: Table, parents: list[str]) -> Coverage:
+    """Of the steps of a class or a rule."""
+    counts, merged = steps["tensors"], list(ACTIONS).index(MERGED)
+    is_copy = outcomes["action"] != merged
+    compared = ~np.isnan(outcomes["difference"])
+    relatives = outcomes["relative"][compared & ~np.isnan(outcomes["relative"])]
     return Coverage(
         name=name,
-        tensors=tensors,
-        num_bytes=num_bytes,
-        actions=actions,
-        parents=copied,
-        compared=len(found),
-        difference=_spread(np.array([difference for difference, _ in found])),
-        relative=float(np.median(relatives)) if relatives else None,
+        tensors=int(counts.sum()),
+        num_bytes=int(steps["num_bytes"].sum()),
+        actions={
+            action: int(counts[outcomes["action"] == i].sum()) for i, action in enumerate(ACTIONS)
+        },
+        parents={
+            parent: int(counts[is_copy & (outcomes["parent"] == i)].sum())
+            for i, parent in enumerate(parents)
+        },
+        compared=int(compared.sum()),
+        difference=_spread(outcomes["difference"][compared]),
+        relative=float(np.median(relatives)) if len(relatives) else None,
     )
 
 
@@ -159,25 +161,24 @@ def _spread(values: Any) -> dict[str, float] | None:
     }
 
 
-def _histogram(done: Sequence[tuple[Step, Outcome]]) -> dict[str, Any]:
+def _histogram(steps: Table, outcomes: Table) -> dict[str, Any]:
     """Counts over log10(difference), per class and action."""
-    logs: dict[str, dict[str, list[float]]] = {}
-    for step, outcome in done:
-        if outcome.difference:
-            by_action = logs.setdefault(step.place.tensor_class, {})
-            by_action.setdefault(outcome.action, []).append(float(np.log10(outcome.difference)))
-    values = [value for by_action in logs.values() for each in by_action.values() for value in each]
-    if not values:
+    shown = outcomes["difference"] > 0  # neither equal nor NaN: not compared
+    if not shown.any():
         return {"edges": [], "classes": {}}
-    low, high = min(values), max(values)
+    logs = np.log10(outcomes["difference"][shown])
+    kinds, actions = steps["class"][shown], outcomes["action"][shown]
+    low, high = float(logs.min()), float(logs.max())
     margin = max(0.05, 0.02 * (high - low))
     edges = np.linspace(low - margin, high + margin, BINS + 1)
-    classes: Mapping[str, Any] = {
-        kind: {action: np.histogram(each, edges)[0].tolist() for action, each in logs[kind].items()}
-        for kind in CLASSES
-        if kind in logs
-    }
-    return {"edges": edges.tolist(), "classes": dict(classes)}
+    classes: dict[str, dict[str, list[int]]] = {}
+    for i, kind in enumerate(CLASSES):
+        for j, action in enumerate(ACTIONS):
+            found = logs[(kinds == i) & (actions == j)]
+            if len(found):
+                counts = np.histogram(found, edges)[0].tolist()
+                classes.setdefault(kind, {})[action] = counts
+    return {"edges": edges.tolist(), "classes": classes}
 
 
 def _environment() -> dict[str, str]:

@@ -10,36 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dvpa.checkpoint.assembly_plan import BLOCK, CHUNK_BYTES, Plan, Step, can_combine
+from dvpa.checkpoint.assembly_plan import BLOCK, CHUNK_BYTES, Plan
 from dvpa.checkpoint.interpolate import PAD, Bytes, Scratch, Sums, are_equal, combine
 from dvpa.checkpoint.shard_files import ShardFiles
-
-MERGED, COPIED, KEPT, EQUAL = "merged", "copied", "kept", "equal"
-ACTIONS = {
-    MERGED: "combined from several parents",
-    COPIED: "one parent's bytes, as the rule says",
-    KEPT: "the base's bytes: the difference is below the threshold",
-    EQUAL: "the base's bytes: the parents do not differ",
-}
-
-
-class Outcome(NamedTuple):
-    """What became of a tensor.
-
-    `parent` gave the bytes (None: several did). `difference` is the largest root mean square of
-    the elements' differences from the base among the parents that share in it, `relative` the
-    same over the base's own root mean square; None where nothing was compared.
-    """
-
-    action: str
-    parent: int | None
-    difference: float | None = None
-    relative: float | None = None
+from dvpa.checkpoint.step_table import COPIED, EQUAL, KEPT, MERGED, Outcome, Step
 
 
 class ParentFiles:
@@ -92,14 +70,13 @@ class StepRunner:
         self._scratch = Scratch()
         self._loaded: dict[int, tuple[str, int, int]] = {}
 
-    def run(self, unit: Sequence[int]) -> list[Outcome]:
+    def run(self, steps: Sequence[Step]) -> list[Outcome]:
         """Decide about the steps of a unit together, and do it.
 
         Raises:
             ValueError: a value that is not finite, or a file that cannot be read.
             OSError: the disk is full or fails.
         """
-        steps = [self._plan.steps[i] for i in unit]
         rule = self._plan.rule(steps[0])
         sources = [i for i, share in enumerate(rule.shares) if share > 0]
         if sources == [self._base]:
@@ -144,7 +121,7 @@ class StepRunner:
 
     def _measure(self, step: Step, sources: Sequence[int]) -> Sums | None:
         """Sums over a tensor; None where its values cannot be computed with."""
-        return self._combine([step], sources, False)[0] if can_combine(step) else None
+        return self._combine([step], sources, False)[0] if step.can_combine else None
 
     def _merge(self, steps: Sequence[Step], sources: Sequence[int]) -> list[Outcome]:
         outcomes = []
@@ -220,7 +197,7 @@ class StepRunner:
 
     def _scale_bytes(self, step: Step) -> int:
         assert step.scale is not None
-        return self._plan.base.tensors[step.scale].num_bytes
+        return step.num_bytes - step.info.num_bytes
 
     def _load(self, parent: int, name: str, start: int, size: int) -> Bytes:
         """A chunk of a parent, padded with zeros; read again only if it is not here already."""

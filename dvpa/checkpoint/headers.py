@@ -14,8 +14,9 @@ from operator import mul
 from pathlib import Path
 from typing import Any
 
+from dvpa.checkpoint.index_stream import INDEX_FILE, index_entries
+
 SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 ITEM_BYTES = {
     "F64": 8,
@@ -85,23 +86,37 @@ class ShardHeaders:
                 raise ValueError(f"{folder / INDEX_FILE}: {name}: not in {file}")
 
     def _add(self, path: Path) -> None:
-        """Take in the header of one shard."""
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such shard")
-        infos = read_header(path)
-        for name in infos:
+        """Take in the header of one shard, or nothing of it."""
+        found = shard_tensors(path)
+        for name, _, _ in found:
             if name in self.tensors:
                 raise ValueError(f"{path}: {name}: also in {self._file_of[name].name}")
-        # The data is the file's end, without gaps: `read_header` has checked that.
-        offset = path.stat().st_size - sum(info.num_bytes for info in infos.values())
-        for name, info in infos.items():
+        for name, info, offset in found:
             self.tensors[name], self._file_of[name] = info, path
             self._offset_of[name] = offset
-            offset += info.num_bytes
 
     def locate(self, name: str) -> tuple[Path, int]:
         """Where the data of a tensor lies: its file, and the offset in bytes from its start."""
         return self._file_of[name], self._offset_of[name]
+
+
+def shard_tensors(path: Path) -> list[tuple[str, TensorInfo, int]]:
+    """Names, dtypes and shapes of a shard's tensors, and where in the file each one's data begins.
+
+    Raises:
+        FileNotFoundError: no such shard.
+        ValueError: as `read_header`.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such shard")
+    infos = read_header(path)
+    # The data is the file's end, without gaps: `read_header` has checked that.
+    offset = path.stat().st_size - sum(info.num_bytes for info in infos.values())
+    found = []
+    for name, info in infos.items():
+        found.append((name, info, offset))
+        offset += info.num_bytes
+    return found
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -172,15 +187,9 @@ def read_index(folder: Path) -> dict[str, str]:
     Raises:
         ValueError: not an index, or a file name that leads out of the folder.
     """
-    path = folder / INDEX_FILE
-    if not path.is_file():
-        return {}
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        named = {sys.intern(str(name)): sys.intern(str(file)) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: not a safetensors index: {error!r}") from error
-    for name, file in named.items():
-        if Path(file).name != file:  # an index must not point outside of its folder
-            raise ValueError(f"{path}: {name}: {file!r} is not a plain file name")
+    named: dict[str, str] = {}
+    for name, file in index_entries(folder):
+        if name in named:
+            raise ValueError(f"{folder / INDEX_FILE}: {name}: named twice")
+        named[sys.intern(name)] = sys.intern(file)
     return named

@@ -9,15 +9,15 @@ journal and hash are right.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from dvpa.checkpoint.folders import sync_folder, write_json
-from dvpa.checkpoint.headers import ShardHeaders, raw_header
+from dvpa.checkpoint.headers import raw_header
+from dvpa.checkpoint.stored_headers import StoredHeaders
 
 PARTIAL = ".partial"
 JOURNAL = ".journal.json"
@@ -26,13 +26,10 @@ _SEALERS = 2  # shards hashed and synced at the same time
 
 @dataclass(frozen=True)
 class FinishedShard:
-    """A shard that is on the disk under its name; `records` are the caller's, by tensor, of one
-    that an earlier run finished.
-    """
+    """A shard that is on the disk under its name."""
 
     sha256: str
     num_bytes: int
-    records: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ShardFiles:
@@ -43,14 +40,12 @@ class ShardFiles:
     called from several threads, except `close`.
     """
 
-    def __init__(self, folder: Path, model: ShardHeaders) -> None:
+    def __init__(self, folder: Path, model: StoredHeaders) -> None:
         self._folder, self._model = folder, model
         self._lock = Lock()
         self._open: dict[str, int] = {}
         self._records: dict[str, dict[str, Any]] = {path.name: {} for path in model.files}
-        self._missing = dict.fromkeys(self._records, 0)
-        for name in model.tensors:
-            self._missing[self.shard_of(name)] += 1
+        self._missing = model.counts()
         self._sealers = ThreadPoolExecutor(_SEALERS, thread_name_prefix="seal")
         self._seals: list[Future[None]] = []
         self.finished = self._take_over()
@@ -62,6 +57,20 @@ class ShardFiles:
     def is_finished(self, name: str) -> bool:
         """Whether the tensor's shard was finished by an earlier run."""
         return self.shard_of(name) in self._before
+
+    def records(self, shard: str) -> dict[str, Any]:
+        """What an earlier run remembered of a shard's tensors when it finished it.
+
+        Raises:
+            ValueError: its journal has changed since.
+        """
+        path = self._folder / f"{shard}{JOURNAL}"
+        try:
+            found = json.loads(path.read_bytes())["records"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: {error!r}") from error
+        assert isinstance(found, dict)  # `_earlier` has looked
+        return found
 
     def write(self, name: str, position: int, data: memoryview) -> None:
         """Write bytes of a tensor from `position` on; nothing happens in a finished shard.
@@ -143,13 +152,14 @@ class ShardFiles:
         path = self._folder / shard
         path.with_name(f"{shard}{PARTIAL}").replace(path)
         sync_folder(self._folder)
-        done = FinishedShard(digest, num_bytes, self._records.pop(shard))
+        done = FinishedShard(digest, num_bytes)
         journal = path.with_name(f"{shard}{JOURNAL}")
-        write_json(journal.with_name(f"{journal.name}{PARTIAL}"), vars(done), indent=None)
+        content = {**vars(done), "records": self._records.pop(shard)}
+        write_json(journal.with_name(f"{journal.name}{PARTIAL}"), content, indent=None)
         journal.with_name(f"{journal.name}{PARTIAL}").replace(journal)
         sync_folder(self._folder)
-        with self._lock:  # its records are the next run's, should there be one
-            self.finished[shard] = FinishedShard(digest, num_bytes)
+        with self._lock:
+            self.finished[shard] = done
 
     def _take_over(self) -> dict[str, FinishedShard]:
         """The shards of an earlier run that are whole; the others start anew."""
@@ -164,10 +174,12 @@ class ShardFiles:
 
     def _earlier(self, name: str) -> FinishedShard | None:
         try:
-            done = FinishedShard(**json.loads((self._folder / f"{name}{JOURNAL}").read_bytes()))
+            content = json.loads((self._folder / f"{name}{JOURNAL}").read_bytes())
+            dict(content.pop("records"))
+            done = FinishedShard(**content)
             with (self._folder / name).open("rb") as file:
                 return done if _digest(file.fileno()) == done.sha256 else None
-        except (OSError, ValueError, TypeError):  # half-written: as if it were not there
+        except (OSError, ValueError, TypeError, LookupError):  # half-written: as if not there
             return None
 
 

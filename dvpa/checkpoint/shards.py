@@ -18,12 +18,12 @@ from torch import Tensor
 
 from dvpa.checkpoint.folders import copy_file, staged_folder, sync_and_close, write_json
 from dvpa.checkpoint.headers import (
-    INDEX_FILE,
     SINGLE_FILE,
     ShardHeaders,
     TensorInfo,
     read_header,
 )
+from dvpa.checkpoint.index_stream import INDEX_FILE
 from dvpa.checkpoint.pace import Pace
 
 __all__ = [
