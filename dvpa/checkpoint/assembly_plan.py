@@ -4,13 +4,13 @@ Every tensor of every parent is accounted for: the parents hold the same names w
 and shapes, and every name falls under a rule. FP8 weights are taken together with their scales.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dvpa.checkpoint.folders import identity_of
 from dvpa.checkpoint.headers import TensorInfo
 from dvpa.checkpoint.recipe import Recipe, Rule
 from dvpa.checkpoint.scratch_database import ScratchDatabase
@@ -50,13 +50,12 @@ class Plan:
 
     def identity(self) -> str:
         """A hash of everything the result depends on; files by size and time of change."""
-        states = [
-            [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
+        files = [
+            path
             for parent in self.parents
             for path in [*parent.files, parent.folder / "config.json"]
         ]
-        text = json.dumps([self.recipe.to_dict(), states], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return identity_of(files, self.recipe.to_dict())
 
 
 def plan_assembly(recipe: Recipe) -> Plan:

@@ -1,15 +1,17 @@
 """Folders that are complete or absent, and files that are on the disk once written; no PyTorch."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 INCOMPLETE_MARK = ".dvpa-incomplete"
+PARTIAL = ".partial"  # ends the name of a file that is being written
 
 
 @contextmanager
@@ -76,6 +78,16 @@ def resumable_folder(out: Path, identity: str) -> Iterator[Path]:
         staging.replace(out)
         (out / INCOMPLETE_MARK).unlink()
         sync_folder(out.parent)
+
+
+def identity_of(files: Iterable[Path], settings: Any) -> str:
+    """A hash of what a result depends on: files, by place, size and time of change, and settings.
+
+    `settings` is anything of JSON's.
+    """
+    states = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    text = json.dumps([settings, states], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _staging_of(out: Path) -> tuple[Path, Path]:

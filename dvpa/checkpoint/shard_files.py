@@ -15,11 +15,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from dvpa.checkpoint.folders import sync_folder, write_json
+from dvpa.checkpoint.folders import PARTIAL, sync_folder, write_json
 from dvpa.checkpoint.headers import raw_header
 from dvpa.checkpoint.stored_headers import StoredHeaders
 
-PARTIAL = ".partial"
 JOURNAL = ".journal.json"
 _SEALERS = 2  # shards hashed and synced at the same time
 

@@ -16,7 +16,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dvpa.checkpoint.folders import copy_file, staged_folder, sync_and_close, write_json
+from dvpa.checkpoint.folders import (
+    PARTIAL,
+    copy_file,
+    staged_folder,
+    sync_and_close,
+    sync_folder,
+    write_json,
+)
 from dvpa.checkpoint.headers import (
     SINGLE_FILE,
     ShardHeaders,
@@ -90,8 +97,12 @@ class ShardWriter:
     """Writes planned tensors, in the plan's order, into one file or into shards with an index.
 
     Use as a context manager: leaving it without every planned tensor written is a ValueError, and
-    the index comes last. The folder must exist; see `staged_folder` for all-or-nothing folders.
-    `say` is told how far it is, in words.
+    the index comes last. A shard has its name once it is whole and on the disk. The folder must
+    exist; see `staged_folder` for all-or-nothing folders. `say` is told how far it is, in words.
+
+    With `resume`, shards that an earlier writer of the same plan finished in the folder are left
+    as they are, `resumed` of them; their tensors are not due any more. It is the caller's to know
+    that they are of the same values (`resumable_folder`).
     """
 
     def __init__(
@@ -100,16 +111,30 @@ class ShardWriter:
         plan: Mapping[str, TensorInfo],
         shard_bytes: int = DEFAULT_SHARD_BYTES,
         say: Callable[[str], object] = lambda text: None,
+        resume: bool = False,
     ) -> None:
         self._folder, self._plan = folder, plan
-        self._pace = Pace(sum(info.num_bytes for info in plan.values()), say)
         self._shards = _split(plan, shard_bytes)
-        self._waiting = iter([(i, name) for i, names in enumerate(self._shards) for name in names])
+        finished = [i for i in range(len(self._shards)) if resume and self._is_finished(i)]
+        self.resumed = len(finished)
+        self._written = {name for i in finished for name in self._shards[i]}
+        todo = [
+            (i, name)
+            for i, names in enumerate(self._shards)
+            for name in names
+            if name not in self._written
+        ]
+        self._pace = Pace(sum(plan[name].num_bytes for _, name in todo), say)
+        self._waiting = iter(todo)
         self._next = next(self._waiting, None)
         self._open: tuple[int, BinaryIO] | None = None
 
     def __enter__(self) -> "ShardWriter":
         return self
+
+    def is_due(self, name: str) -> bool:
+        """Whether a planned tensor is still to be written."""
+        return name not in self._written
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Append the next planned tensor.
@@ -133,6 +158,7 @@ class ShardWriter:
             where = f"{self._folder / self._name(self._next[0])}: {name}"
             raise OSError(error.errno, error.strerror, where) from error
         self._pace.add(info.num_bytes)
+        self._written.add(name)
         self._next = next(self._waiting, None)
 
     def __exit__(
@@ -145,9 +171,9 @@ class ShardWriter:
             if self._open is not None:
                 with suppress(OSError):  # a full disk, once more
                     self._open[1].close()
+                self._partial(self._open[0]).unlink(missing_ok=True)
             return
-        if self._open is not None:
-            sync_and_close(self._open[1])
+        self._seal()
         if self._next is not None:
             raise ValueError(f"{self._next[1]}: planned but never written")
         if len(self._shards) > 1:
@@ -160,12 +186,20 @@ class ShardWriter:
         count = len(self._shards)
         return SINGLE_FILE if count == 1 else f"model-{shard + 1:05}-of-{count:05}.safetensors"
 
-    def _shard(self, shard: int) -> BinaryIO:
-        """The open file of a shard; opening it writes its header."""
-        if self._open is not None and self._open[0] == shard:
-            return self._open[1]
-        if self._open is not None:
-            sync_and_close(self._open[1])
+    def _partial(self, shard: int) -> Path:
+        return self._folder / f"{self._name(shard)}{PARTIAL}"
+
+    def _is_finished(self, shard: int) -> bool:
+        """Whether a whole file with this shard's header has its name."""
+        path, header = self._folder / self._name(shard), self._header(shard)
+        data = sum(self._plan[name].num_bytes for name in self._shards[shard])
+        if not path.is_file() or path.stat().st_size != len(header) + data:
+            return False
+        with path.open("rb") as file:
+            return file.read(len(header)) == header
+
+    def _header(self, shard: int) -> bytes:
+        """What a shard begins with."""
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         position = 0
         for name in self._shards[shard]:
@@ -179,10 +213,27 @@ class ShardWriter:
             position = end
         raw = json.dumps(header, separators=(",", ":")).encode()
         raw += b" " * (-len(raw) % 8)  # readers map the data: keep it aligned
-        file = (self._folder / self._name(shard)).open("wb")
+        return len(raw).to_bytes(8, "little") + raw
+
+    def _shard(self, shard: int) -> BinaryIO:
+        """The open file of a shard; opening it writes its header."""
+        if self._open is not None and self._open[0] == shard:
+            return self._open[1]
+        self._seal()
+        file = self._partial(shard).open("wb")
         self._open = (shard, file)
-        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.write(self._header(shard))
         return file
+
+    def _seal(self) -> None:
+        """Put the open shard on the disk; then, and only then, it gets its name."""
+        if self._open is None:
+            return
+        shard, file = self._open
+        sync_and_close(file)
+        self._open = None
+        self._partial(shard).replace(self._folder / self._name(shard))
+        sync_folder(self._folder)
 
 
 def _split(plan: Mapping[str, TensorInfo], shard_bytes: int) -> list[list[str]]:
