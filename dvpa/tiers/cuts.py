@@ -11,8 +11,8 @@ Wanted: the split of largest total value with total cost <= budget.
 2. A forward DP over segments keeps, per boundary, the nondominated (cost, value) pairs that can
    still meet the budget and whose upper bound reaches the best split known. Boundaries through
    which no split reaches it are left out beforehand. The last cut is a range maximum. It is exact.
-3. Where that is too large, it runs on a grid of boundaries, then on ever finer windows around the
-   cuts found; what that finds may leave so few boundaries that step 2 fits after all.
+3. Where that is too large, branch and bound over boxes of boundaries takes over (`boxes`): exact as
+   well, in a second or two for a million items.
 
 S segments, M items, boundaries 0 .. M, L labels.
 """
@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from dvpa.tiers.boxes import TOLERANCE, search_boxes
 from dvpa.tiers.budget import ROUNDING
 
 Floats = npt.NDArray[np.float64]
@@ -38,7 +39,7 @@ class Cuts:
     boundaries: tuple[int, ...]
     value: float
     cost: float
-    is_exact: bool  # proved optimal; otherwise the best found on a refined grid
+    is_exact: bool  # proved optimal; otherwise the best of the boxes looked into
     bound: float  # no split under the budget is worth more
 
 
@@ -75,30 +76,37 @@ def solve_cuts(
         return replace(best, is_exact=True)
     exact = _label_setting(problem, limit, price, best.value, max_transitions)
     if exact is None:
-        best = _search_grid(problem, limit, price, best, max_transitions)
-        exact = _label_setting(problem, limit, price, best.value, max_transitions)
-    return best if exact is None else replace(exact, bound=min(best.bound, exact.value))
+        return _search_boxes(problem, limit, price, best, max_transitions)
+    return replace(exact, bound=min(best.bound, exact.value))
 
 
-def _search_grid(
+def _search_boxes(
     problem: _Problem, budget: float, price: float, best: Cuts, max_transitions: int
 ) -> Cuts:
-    """Label setting on a grid of boundaries, then on windows of finer spacing around each cut."""
-    num_segments, last = problem.value.shape[0], problem.value.shape[1] - 1
-    size = int(max_transitions ** (1.0 / max(num_segments - 2, 1))) - 1
-    spacing = max(1, -(-last // max(size, 1)))
-    reach = max(1, size // (2 * num_segments))  # points on each side of a cut
-    grid = np.append(np.arange(0, last, spacing), last)
-    while True:
-        found = _label_setting(problem.at(grid), budget, price, best.value, max_transitions)
-        if found is not None and found.value > best.value:
-            boundaries = tuple(grid[list(found.boundaries)].tolist())
-            best = Cuts(boundaries, found.value, found.cost, False, best.bound)
-        if spacing == 1:
-            return best
-        spacing = max(1, min(spacing // 2, -(-2 * spacing // reach)))
-        window = np.array(best.boundaries)[:, None] + spacing * np.arange(-reach, reach + 1)
-        grid = np.unique(np.clip(np.append(window, [0, last]), 0, last))
+    """What is at least as good as `best`, and how good anything can be: see `boxes`. S >= 3."""
+    last_cut = _LastCut(problem)
+
+    def close(firsts: Ints) -> tuple[float, tuple[int, ...]] | None:
+        at = np.hstack([np.zeros((len(firsts), 1), dtype=np.int64), firsts])
+        segments = np.arange(firsts.shape[1])
+        value, cost = (
+            (sums[segments, at[:, 1:]] - sums[segments, at[:, :-1]]).sum(axis=1)
+            for sums in (problem.value, problem.cost)
+        )
+        label, cut, value, cost = last_cut(budget, at[:, -1], value, cost)
+        if not label.size:
+            return None
+        first = int(np.lexsort((cost, -value))[0])
+        return float(value[first]), (*firsts[label[first]].tolist(), int(cut[first]))
+
+    max_boxes = max(1, max_transitions // (4 << len(problem.value)))
+    found = search_boxes(problem.value, problem.cost, budget, price, best.value, close, max_boxes)
+    if found.boundaries is not None:
+        value, cost = _totals(problem, found.boundaries)
+        best = Cuts(found.boundaries, value, cost, False, best.bound)
+    is_exact = found.bound <= best.value + TOLERANCE * max(1.0, abs(best.value))
+    bound = best.value if is_exact else min(best.bound, found.bound)
+    return replace(best, is_exact=is_exact, bound=bound)
 
 
 def _completion(problem: _Problem, value_weight: float, cost_weight: float) -> Floats:
@@ -207,7 +215,7 @@ def _label_setting(
         parent, at, value, cost = parent[kept], at[kept], value[kept], cost[kept]
         parents.append(parent)
         positions.append(at)
-    label, cut, value, cost = _last_cut(problem, budget, at, value, cost)
+    label, cut, value, cost = _LastCut(problem)(budget, at, value, cost)
     if label.size == 0:
         return None
     best = int(np.lexsort((cost, -value))[0])
@@ -220,39 +228,51 @@ def _label_setting(
     return Cuts(tuple(reversed(boundaries)), total, float(cost[best]), True, total)
 
 
-def _last_cut(
-    problem: _Problem, budget: float, at: Ints, value: Floats, cost: Floats
-) -> tuple[Ints, Ints, Floats, Floats]:
-    """Close every label [L] with its best last cut: (label, cut, value, cost) of those that fit."""
-    # What changes when the cut between the last two segments moves; the cost changes monotonically.
-    gain, spent = (a[-2] - a[-1] for a in (problem.value, problem.cost))
-    base_value = value - problem.value[-2, at] + problem.value[-1, -1]
-    base_cost = cost - problem.cost[-2, at] + problem.cost[-1, -1]
-    room, last = budget - base_cost, len(gain) - 1
-    if spent[-1] <= 0.0:  # a later cut is cheaper: from some boundary on it fits
-        first = last + 1 - np.searchsorted(spent[::-1], room, side="right")
-        low, high = np.maximum(at, first), np.full(at.size, last)
-    else:
-        low, high = at, np.searchsorted(spent, room, side="right") - 1
-    label = np.nonzero(low <= high)[0]
-    cut = _range_argmax(gain, low[label], high[label])
-    return label, cut, base_value[label] + gain[cut], base_cost[label] + spent[cut]
+class _LastCut:
+    """Completes splits whose last cut is still open."""
+
+    def __init__(self, problem: _Problem) -> None:
+        self._problem = problem
+        # What changes when the cut between the last two segments moves; the cost monotonically.
+        self._gain, self._spent = (a[-2] - a[-1] for a in (problem.value, problem.cost))
+        self._largest = _RangeArgmax(self._gain)
+
+    def __call__(
+        self, budget: float, at: Ints, value: Floats, cost: Floats
+    ) -> tuple[Ints, Ints, Floats, Floats]:
+        """(label, cut, value, cost) of the labels [L] that fit, each with its best last cut."""
+        ends, last = self._problem, len(self._gain) - 1
+        base_value = value - ends.value[-2, at] + ends.value[-1, -1]
+        base_cost = cost - ends.cost[-2, at] + ends.cost[-1, -1]
+        room = budget - base_cost
+        if self._spent[-1] <= 0.0:  # a later cut is cheaper: from some boundary on it fits
+            first = last + 1 - np.searchsorted(self._spent[::-1], room, side="right")
+            low, high = np.maximum(at, first), np.full(at.size, last)
+        else:
+            low, high = at, np.searchsorted(self._spent, room, side="right") - 1
+        label = np.nonzero(low <= high)[0]
+        cut = self._largest(low[label], high[label])
+        return label, cut, base_value[label] + self._gain[cut], base_cost[label] + self._spent[cut]
 
 
-def _range_argmax(values: Floats, low: Ints, high: Ints) -> Ints:
-    """Index of the largest values[low .. high], inclusive, for each range (sparse table)."""
-    table = [np.arange(len(values))]
-    while 2 ** len(table) <= len(values):
-        half = 2 ** (len(table) - 1)
-        left, right = table[-1][:-half], table[-1][half:]
-        table.append(np.where(values[left] >= values[right], left, right))
-    best = np.empty_like(low)
-    level = np.frexp(high - low + 1)[1] - 1
-    for k, row in enumerate(table):
-        here = level == k
-        left, right = row[low[here]], row[high[here] - 2**k + 1]
-        best[here] = np.where(values[left] >= values[right], left, right)
-    return best
+class _RangeArgmax:
+    """Index of the largest of values[low .. high], inclusive, for many ranges (sparse table)."""
+
+    def __init__(self, values: Floats) -> None:
+        self._values, self._table = values, [np.arange(len(values), dtype=np.int32)]
+        while 2 ** len(self._table) <= len(values):
+            half = 2 ** (len(self._table) - 1)
+            left, right = self._table[-1][:-half], self._table[-1][half:]
+            self._table.append(np.where(values[left] >= values[right], left, right))
+
+    def __call__(self, low: Ints, high: Ints) -> Ints:
+        best = np.empty(low.size, dtype=np.int64)
+        level = np.frexp(high - low + 1)[1] - 1
+        for k in np.unique(level):
+            here, row = level == k, self._table[k]
+            left, right = row[low[here]], row[high[here] - 2**k + 1]
+            best[here] = np.where(self._values[left] >= self._values[right], left, right)
+        return best
 
 
 def _nondominated(at: Ints, value: Floats, cost: Floats) -> Ints:
