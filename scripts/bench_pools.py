@@ -6,8 +6,9 @@
 Per seed: trains a small DeepSeek-V3 (32 experts in 8 groups, best 4 groups, 4 experts a token) on
 three quarters of Python's standard library with `dvpa train`, exports it as a plain `deepseek_v3`
 checkpoint, and measures it as `dvpa convert` does, on the other quarter: experts by REAP, then nats
-per token at every tier for both kinds of pools, before any tuning. The same with experts in random
-order shows what the ranking is worth. About a quarter of an hour a seed on one CPU core; with 500
+per token at every tier for both kinds of pools, before any tuning. The same with experts ranked by
+REAP times their tokens (what they add in all, not per token), and in random orders (the mean of
+eight), shows what the ranking is worth. About a quarter of an hour a seed on one CPU core; with 500
 steps the experts matter too little to tell the kinds apart.
 """
 
@@ -34,6 +35,7 @@ from dvpa.evaluate.report import describe_environment
 
 POOLS = ("prefix", "striped")
 EXPERTS, TOP_K = 32, 4
+RANDOM_ORDERS = 8  # whose losses are averaged
 SMALLER = (TierWish("half", 16, TOP_K), TierWish("three quarters", 24, TOP_K))
 MODEL = {
     "vocab_size": 1024,
@@ -161,8 +163,14 @@ def compare(source: Source, text: CalibrationText, seed: int) -> dict[str, Any]:
     measured = measure_importance(source, text.measuring)
     pinned = super_experts(measured.peaks)
     generator = torch.Generator().manual_seed(seed)
-    chance = {layer: torch.rand(EXPERTS, generator=generator) for layer in measured.scores}
-    orders = {"REAP": measured.scores, "random": chance}
+    orders = {"REAP": measured.scores}
+    orders["REAP x tokens"] = {
+        layer: scores * measured.counts[layer] for layer, scores in measured.scores.items()
+    }
+    for draw in range(RANDOM_ORDERS):
+        orders[f"random {draw}"] = {
+            layer: torch.rand(EXPERTS, generator=generator) for layer in measured.scores
+        }
     wished = {
         "default tiers": default_tiers(source.config),
         "smaller pools, same top_k": [*SMALLER, TierWish("top", EXPERTS, TOP_K)],
@@ -175,7 +183,13 @@ def compare(source: Source, text: CalibrationText, seed: int) -> dict[str, Any]:
             config = configured(source.config, wishes, pool)
             for order, scores in orders.items():
                 plans[f"{pool}, {order}"] = (config, ordered(source, scores, pinned, pool))
-        found["nll"][label] = tier_losses(source, plans, text.held_out)
+        losses = tier_losses(source, plans, text.held_out)
+        found["nll"][label] = {
+            name: values for name, values in losses.items() if "random" not in name
+        }
+        for pool in POOLS:
+            draws = [losses[name] for name in losses if name.startswith(f"{pool}, random")]
+            found["nll"][label][f"{pool}, random"] = torch.tensor(draws).mean(dim=0).tolist()
     return found
 
 
