@@ -10,6 +10,7 @@ from residency_world import (
     BASE,
     GROUPS,
     LAYERS,
+    MEASURE_RSS,
     PLENTY,
     SIZE,
     UPPER,
@@ -239,45 +240,6 @@ def test_tensors_longer_than_the_buffer(
         assert weights.read_into(name, out) == values.nbytes
         assert torch.equal(out, values.to(wanted))
     weights.close()
-
-
-MEASURE_RSS = """
-import sys
-from pathlib import Path
-import torch
-from helpers import tiny_config, tiny_model
-from residency_world import page
-from dvpa.engine.residency import load_resident
-
-def resident(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
-
-folder, bound, dtype = Path(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
-ids = torch.arange(3, 35)[None]
-with torch.no_grad():
-    tiny_model(tiny_config()).to(dtype)(ids, tiers=2)  # code, kernels, allocator
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
-    before = resident("VmRSS")
-    model, store = load_resident(folder, dtype=dtype, max_resident_bytes=bound)
-    page(model, store)
-    model(ids, tiers=0)
-    assert store.stats.bytes_read == 0
-    easy, easy_peak = resident("VmRSS") - before, resident("VmHWM") - before
-    counted = store.stats.resident_bytes
-    for step in range(3):
-        store.prefetch(1)
-        assert model(ids, tiers=1).logits.isfinite().all()
-    hard_peak = resident("VmHWM") - before
-slack = 8 << 20
-# On CPUs with bf16 instructions oneDNN keeps code and scratch for every shape it has met.
-products = (16 if dtype == torch.bfloat16 else 0) << 20
-print(f"{bound=} {counted=} {easy=} {easy_peak=} {hard_peak=} {store.stats}")
-assert 0.9 * counted < easy < counted + slack, "the counter is not what the process takes"
-assert easy_peak < counted + slack
-assert store.stats.evictions > 0 and store.stats.resident_bytes <= bound
-assert hard_peak < bound + slack + products
-"""
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
