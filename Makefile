@@ -18,9 +18,9 @@ STAMP := $(BIN)/.dvpa
 # What meets Transformers most closely runs again on the oldest one that pyproject.toml allows.
 ON_THE_FLOOR := answer attention batches chat checkpoint cli config configs \
     consolidate convert convert_formats demo detokenizer engine engine_route engine_schedule \
-    experts experts_interface export export_formats finetune finetune_inputs growth lora model \
-    mtp mtp_checkpoint outcomes parity pricing probe registration saving server_openai \
-    speculation standalone switches tokenizer training
+    engine_telemetry experts experts_interface export export_formats finetune finetune_inputs \
+    growth lora model mtp mtp_checkpoint outcomes parity pricing probe registration saving \
+    server_openai server_openai_errors speculation standalone switches tokenizer training
 SIDE_BY_SIDE = -n $(WORKERS)  # how tests are shared out: tests/conftest.py
 INPUTS := pyproject.toml requirements/cpu.txt
 

@@ -4,7 +4,7 @@ And a way to run it: arrivals and cancellations at given steps, pieces gathered 
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
@@ -14,9 +14,10 @@ import torch
 from helpers import thresholds, tiny_config, tiny_model
 from torch import Tensor
 
-from dvpa.engine import Engine, Piece, SamplingParams
+from dvpa.engine import Engine, Piece, RequestOutput, SamplingParams
 from dvpa.engine.cache import bytes_per_position
 from dvpa.engine.request import Request, Segment
+from dvpa.engine.runner import StepResult
 from dvpa.model import DvpaForCausalLM
 
 NEAR_TIE = 1e-4  # between the best two logits: rounding may decide either way
@@ -193,3 +194,39 @@ def serve(engine: Engine, arrivals: Sequence[Arrival], max_steps: int = 5000) ->
 def greedy(**changes: Any) -> SamplingParams:
     """NUM_NEW greedy tokens."""
     return replace(SamplingParams(temperature=0.0, max_tokens=NUM_NEW), **changes)
+
+
+def one(engine: Engine, prompt: Any, params: SamplingParams) -> RequestOutput:
+    """The output of one prompt."""
+    [output] = engine.generate([prompt], params)
+    return output
+
+
+def crowd(known: Oracle, **params: Any) -> list[Arrival]:
+    """A request for each prompt, at tiers 0, 1, 2, 0, ..."""
+    return [
+        Arrival(prompt, greedy(tier=i % 3, **params), at=i // 4)
+        for i, prompt in enumerate(known.prompts)
+    ]
+
+
+def check_all(known: Oracle, arrivals: Sequence[Arrival], tiers: Sequence[int]) -> None:
+    """Every arrival has its whole answer, at its tier."""
+    for i, (arrival, tier) in enumerate(zip(arrivals, tiers, strict=True)):
+        known.check(i, tier, arrival.tokens())
+        assert arrival.last().finish_reason == "length"
+
+
+class Between:
+    """Calls `act(step)` while a step is in flight."""
+
+    def __init__(self, engine: Engine, act: Callable[[int], None]) -> None:
+        self.num_runs = 0
+        self._act, self._run = act, engine.runner.run
+        engine.runner.run = self.run  # type: ignore[method-assign]
+
+    def run(self, segments: list[Segment]) -> StepResult:
+        self.num_runs += 1
+        result = self._run(segments)
+        self._act(self.num_runs)
+        return result

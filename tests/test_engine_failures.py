@@ -1,7 +1,7 @@
 """What goes wrong, goes wrong for one request: the others get the same tokens, no page is lost."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,21 +11,19 @@ import torch
 from engine_oracle import (
     NUM_NEW,
     Arrival,
+    Between,
     Oracle,
     assert_greedy,
+    check_all,
+    crowd,
     greedy,
     make_engine,
     serve,
 )
-from test_engine_residency import least_bytes
-from test_residency import truncate, upper_shard
+from residency_world import least_bytes, truncate, upper_shard, write_sharded
 
-from dvpa.checkpoint import ShardReader, ShardWriter
-from dvpa.engine import Engine, Piece, QueueFull, SpeculateParams
-from dvpa.engine.request import Segment
-from dvpa.engine.runner import StepResult
+from dvpa.engine import Engine, Piece, SpeculateParams
 from dvpa.model import DvpaForCausalLM
-from dvpa.model.tensor_names import tensor_shapes
 
 POISON = 63  # in no prompt and no answer
 
@@ -54,20 +52,6 @@ def not_a_number(weight: torch.Tensor) -> Iterator[None]:
 def poisoned(model: DvpaForCausalLM) -> Any:
     """Whoever reads POISON gets a state that is not finite."""
     return not_a_number(model.model.embed_tokens.weight[POISON])
-
-
-def check_all(known: Oracle, arrivals: Sequence[Arrival], tiers: Sequence[int]) -> None:
-    for i, (arrival, tier) in enumerate(zip(arrivals, tiers, strict=True)):
-        known.check(i, tier, arrival.tokens())
-        assert arrival.last().finish_reason == "length"
-
-
-def crowd(known: Oracle, **params: Any) -> list[Arrival]:
-    """A request for each prompt, at tiers 0, 1, 2, 0, ..."""
-    return [
-        Arrival(prompt, greedy(tier=i % 3, **params), at=i // 4)
-        for i, prompt in enumerate(known.prompts)
-    ]
 
 
 # -- numbers that are none ------------------------------------------------------------------------
@@ -126,119 +110,6 @@ def test_a_score_that_is_no_number_falls_back(known: Oracle, read_prompt: str) -
     assert (base.tier, base.decided_by) == (0, "cap")
     assert engine.policy.counters["fallback"] == 21
     assert known.num_near_ties == 0
-
-
-# -- too much at once -----------------------------------------------------------------------------
-
-
-def test_a_full_queue_refuses_and_load_lowers_tiers_first(known: Oracle) -> None:
-    hard = next(i for i in range(20) if known.tier_of(i) == 2)
-
-    def tiers(config: dict[str, Any], **params: Any) -> list[tuple[int, str]]:
-        engine = make_engine(known.model, max_num_seqs=1, max_queue=4, degrade_from=0.25, **config)
-        arrivals = [Arrival(known.prompts[hard], greedy(max_tokens=1, **params)) for _ in range(4)]
-        serve(engine, arrivals)
-        records = [arrival.last().telemetry for arrival in arrivals]
-        return [(record.tier, record.decided_by) for record in records if record is not None]
-
-    falling = [(0, "load"), (1, "load"), (2, "tier_map"), (2, "tier_map")]
-    assert tiers({}) == falling
-    assert tiers({"allow_degradation": False}) == [(2, "tier_map")] * 4
-    assert tiers({}, allow_degradation=False) == [(2, "tier_map")] * 4
-    assert tiers({}, min_tier=1) == [(1, "cap"), *falling[1:]]
-    assert tiers({}, tier=2) == [(2, "override")] * 4
-
-    engine = make_engine(known.model, max_num_seqs=1, max_queue=4)
-    for _ in range(4):
-        engine.add([5], greedy())
-    with pytest.raises(QueueFull, match="queue: 4 of 4 places are taken"):
-        engine.add([5], greedy())
-    engine.step()
-    with pytest.raises(QueueFull, match="queue: 3 of 4"):
-        engine.add([5], greedy(n=2))
-    engine.add([5], greedy())
-    with pytest.raises(ValueError, match="n: 5 must be at most max_queue = 4"):
-        engine.add([5], greedy(n=5))
-    assert engine.num_waiting == 4
-
-
-def test_deadlines_end_running_and_waiting_requests(
-    known: Oracle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [100.0]
-    monkeypatch.setattr("dvpa.engine.engine.time.monotonic", lambda: now[0])
-    engine = make_engine(known.model, max_num_seqs=1)
-    running = Arrival(known.prompts[2], greedy(tier=1, timeout_s=5.0))
-    waiting = Arrival(known.prompts[3], greedy(tier=1, timeout_s=4.0, n=2))
-    for arrival in (running, waiting):
-        engine.add(arrival.prompt, arrival.params, listener=arrival.pieces.append)
-    for now[0] in (101.0, 102.0, 104.0):
-        engine.step()
-    assert [waiting.last(i).finish_reason for i in range(2)] == ["timeout"] * 2
-    assert waiting.last().error == "the deadline has passed"
-    for now[0] in (104.5, 105.0, 106.0):
-        engine.step()
-    assert running.last().finish_reason == "timeout"
-    known.check(2, 1, running.tokens())
-    assert len(running.tokens()) == 4
-    record = running.last().telemetry
-    assert record is not None and record.completion_tokens == 4 and record.total_ms == 5000
-    assert engine.pages.num_held == 0 and not engine.has_work
-
-
-# -- cancelling -----------------------------------------------------------------------------------
-
-
-class Between:
-    """Calls `act(step)` while a step is in flight."""
-
-    def __init__(self, engine: Engine, act: Callable[[int], None]) -> None:
-        self.num_runs = 0
-        self._act, self._run = act, engine.runner.run
-        engine.runner.run = self.run  # type: ignore[method-assign]
-
-    def run(self, segments: list[Segment]) -> StepResult:
-        self.num_runs += 1
-        result = self._run(segments)
-        self._act(self.num_runs)
-        return result
-
-
-@pytest.mark.parametrize("when", ["waiting", "running", "in flight"])
-@pytest.mark.parametrize("n", [1, 3])
-def test_cancelling(known: Oracle, when: str, n: int) -> None:
-    engine = make_engine(known.model, 40, page_size=4, max_num_seqs=2)
-    others = [Arrival(known.prompts[i], greedy(tier=i % 3)) for i in (0, 1)]
-    bad = Arrival(known.prompts[7], greedy(n=n, session_id="own"))
-    arrivals = [*others, bad] if when == "waiting" else [bad, *others]
-    for arrival in arrivals:
-        arrival.request_id = engine.add(
-            arrival.prompt, arrival.params, listener=arrival.pieces.append
-        )
-    cancelled = []
-    if when == "in flight":
-
-        def act(step: int) -> None:
-            if step == 4:
-                cancelled.append(engine.cancel(bad.request_id))
-                assert engine.pages.num_held > 0, "its pages are in use until the step is over"
-
-        Between(engine, act)
-    for _ in range(4):
-        engine.step()
-    if when != "in flight":
-        cancelled.append(engine.cancel(bad.request_id))
-    assert cancelled == [True]
-    assert engine.cancel(bad.request_id) is False and engine.cancel("nobody") is False
-    held = {page for request in engine.scheduler.running for page in request.pages}
-    assert engine.pages.num_held == len(held)
-    assert [bad.last(i).finish_reason for i in range(n)] == ["cancelled"] * n
-    while engine.has_work:
-        engine.step()
-    for i, other in enumerate(others):
-        known.check(i, i % 3, other.tokens())
-        assert other.last().finish_reason == "length"
-    assert engine.pages.num_held == 0
 
 
 # -- bad input ------------------------------------------------------------------------------------
@@ -322,22 +193,6 @@ def test_a_fault_ends_the_requests_of_its_step_and_the_engine_goes_on(
     check_all(known, again, [i % 3 for i in range(20)])
 
 
-def test_an_interrupted_generate_leaves_nothing_behind(known: Oracle) -> None:
-    engine = make_engine(known.model)
-
-    def act(step: int) -> None:
-        if step == 5:
-            raise KeyboardInterrupt
-
-    Between(engine, act)
-    with pytest.raises(KeyboardInterrupt):
-        engine.generate(known.prompts, greedy(tier=2))
-    assert not engine.has_work and engine.pages.num_held == 0
-    outputs = engine.generate(known.prompts, greedy(tier=2))
-    for i, output in enumerate(outputs):
-        known.check(i, 2, output.token_ids)
-
-
 def test_a_listener_that_fails_is_given_up_alone(
     known: Oracle, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -360,47 +215,13 @@ def test_a_listener_that_fails_is_given_up_alone(
     assert sorted(filter(None, ends)) == ["cancelled"] * 2 and len(ends) < 6
 
 
-def test_a_listener_may_cancel(known: Oracle) -> None:
-    engine = make_engine(known.model)
-    first = Arrival(known.prompts[2], greedy(tier=1, n=2))
-    second, other = Arrival([9], greedy()), Arrival(known.prompts[0], greedy(tier=0))
-
-    def listener(piece: Piece) -> None:
-        first.pieces.append(piece)
-        if piece.finish_reason is None:
-            engine.cancel(piece.request_id)
-            engine.cancel(second.request_id)
-
-    engine.add(first.prompt, first.params, listener=listener)
-    for arrival in (second, other):
-        arrival.request_id = engine.add(
-            arrival.prompt, arrival.params, listener=arrival.pieces.append
-        )
-    while engine.has_work:
-        engine.step()
-    assert [first.last(i).finish_reason for i in range(2)] == ["cancelled"] * 2
-    assert second.last().finish_reason == "cancelled" and first.tokens() == known.answer(2, 1)[:1]
-    known.check(0, 0, other.tokens())
-    assert engine.pages.num_held == 0
-
-
 # -- experts that cannot be read ------------------------------------------------------------------
 
 
 @pytest.fixture
 def folder(known: Oracle, tmp_path: Path) -> Path:
     """The oracle's model on disk, about one expert in each shard."""
-    saved, folder = tmp_path / "saved", tmp_path / "sharded"
-    folder.mkdir()
-    known.model.save_pretrained(saved)
-    reader = ShardReader(saved)
-    plan = {name: reader.tensors[name] for name in tensor_shapes(known.model.config)}
-    with ShardWriter(folder, plan, shard_bytes=3 * 16 * 32 * 4) as writer:
-        for name in plan:
-            writer.write(name, reader.read(name))
-    for name in ("config.json", "tier_map.json"):
-        (folder / name).write_bytes((saved / name).read_bytes())
-    return folder
+    return write_sharded(known.model, tmp_path / "sharded")
 
 
 @pytest.mark.parametrize(("group", "left"), [(3, 1), (1, 0)])

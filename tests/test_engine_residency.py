@@ -4,13 +4,10 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
-from helpers import tiny_config, tiny_model
-from test_residency import run_alone, write_large
+from helpers import tiny_model
+from residency_world import least_bytes, run_alone, write_large
 
 from dvpa.engine import Engine, SamplingParams
-from dvpa.engine.residency import _group_bytes
-from dvpa.engine.weights import other_bytes
 
 
 @pytest.fixture(scope="module")
@@ -19,14 +16,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resident")
     tiny_model().save_pretrained(folder)
     return folder
-
-
-def least_bytes(extra_groups: int = 0) -> int:
-    """The smallest bound that is accepted, and some groups more."""
-    config, dtype = tiny_config(), torch.float32
-    base, upper, layers = config.tiers[0].num_groups, 3, 2
-    groups = base * layers + upper + extra_groups
-    return other_bytes(config, dtype) + groups * _group_bytes(config, dtype)
 
 
 @pytest.mark.parametrize("extra_groups", [0, 1, 100])

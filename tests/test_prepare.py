@@ -1,47 +1,25 @@
-"""From files to shards: what is written is what was read; what is not used is counted."""
+"""From files to shards: what is written is what was read; what is unusable or damaged is named."""
 
 import gzip
 import json
-import os
-import re
-import shutil
-import signal
-import subprocess
 import sys
-import time
-from io import StringIO
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
+from prepare_world import LINES, spoil, write_jsonl, write_tokenizer
 
-from dvpa.tasks import train_tokenizer
-from dvpa_train import prepare as prepare_module
 from dvpa_train.cli import main
-from dvpa_train.documents import Document, expand, read_documents
+from dvpa_train.documents import expand, read_documents
 from dvpa_train.prepare import PrepareOptions, prepare, verify
-from dvpa_train.token_shards import (
-    MANIFEST,
-    Manifest,
-    TokenShardWriter,
-    dtype_for,
-    map_shard,
-    read_manifest,
-)
+from dvpa_train.token_shards import MANIFEST, TokenShardWriter, dtype_for, map_shard, read_manifest
 from dvpa_train.tokenizer_files import load_tokenizer, tokenizer_hash
-
-LINES = [f"line {i} of a rather long play, spoken by nobody at all." for i in range(60)]
 
 
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small tokenizer on disk."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(LINES, 300, folder)
-    return folder
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def _read(folder: Path) -> list[list[int]]:
@@ -54,13 +32,8 @@ def _read(folder: Path) -> list[list[int]]:
     return documents
 
 
-def _jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
-    path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts))
-    return path
-
-
 def test_documents_come_out_as_they_went_in(tmp_path: Path, tokenizer_folder: Path) -> None:
-    source = _jsonl(tmp_path / "a.jsonl", LINES)
+    source = write_jsonl(tmp_path / "a.jsonl", LINES)
     options = PrepareOptions(shard_tokens=300)
     manifest = prepare([str(source)], tokenizer_folder, tmp_path / "out", options)
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -81,7 +54,7 @@ def test_documents_come_out_as_they_went_in(tmp_path: Path, tokenizer_folder: Pa
 
 
 def test_special_tokens_are_a_choice(tmp_path: Path, tokenizer_folder: Path) -> None:
-    source = _jsonl(tmp_path / "a.jsonl", LINES[:3])
+    source = write_jsonl(tmp_path / "a.jsonl", LINES[:3])
     options = PrepareOptions(bos=False, eos=True)
     manifest = prepare([str(source)], tokenizer_folder, tmp_path / "out", options)
     assert (manifest.bos_id, manifest.eos_id) == (None, 2)
@@ -149,7 +122,7 @@ def test_unusable_documents_are_counted_by_reason(tmp_path: Path, tokenizer_fold
 def test_bad_input_is_one_line_and_exit_code_2(
     tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = str(_jsonl(tmp_path / "a.jsonl", LINES[:2]))
+    source = str(write_jsonl(tmp_path / "a.jsonl", LINES[:2]))
     (tmp_path / "a.csv").write_text("x")
     (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 99)[:20])
     (tmp_path / "full").mkdir()
@@ -209,20 +182,9 @@ def test_parquet_columns(tmp_path: Path) -> None:
         list(read_documents(path, "body", "file"))
 
 
-def _damage(folder: Path, name: str, how: str) -> None:
-    path = folder / name
-    content = path.read_bytes()
-    if how == "missing":
-        path.unlink()
-    elif how == "short":
-        path.write_bytes(content[:-2])
-    else:
-        path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
-
-
 @pytest.mark.parametrize("name", ["shard-00001.bin", "shard-00001.idx"])
 def test_damaged_shards_are_named(tmp_path: Path, tokenizer_folder: Path, name: str) -> None:
-    source = _jsonl(tmp_path / "a.jsonl", LINES)
+    source = write_jsonl(tmp_path / "a.jsonl", LINES)
     for how, error, message in (
         ("missing", FileNotFoundError, "missing"),
         ("short", ValueError, "truncated"),
@@ -230,7 +192,7 @@ def test_damaged_shards_are_named(tmp_path: Path, tokenizer_folder: Path, name: 
     ):
         out = tmp_path / how
         prepare([str(source)], tokenizer_folder, out, PrepareOptions(shard_tokens=300))
-        _damage(out, name, how)
+        spoil(out, name, how)
         with pytest.raises(error, match=f"{name}.*{message}"):
             verify(out)
         if how == "flipped":
@@ -260,156 +222,3 @@ def test_reformatting_a_tokenizer_changes_nothing_but_a_token_does(
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         tokenizer_hash(tmp_path)
-
-
-def _environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-
-
-def test_workers_do_not_change_a_byte(tmp_path: Path, tokenizer_folder: Path) -> None:
-    source = _jsonl(tmp_path / "a.jsonl", LINES * 40)
-    options = PrepareOptions(shard_tokens=5000)
-    prepare([str(source)], tokenizer_folder, tmp_path / "1", options, workers=1)
-    arguments = ["--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "3")]
-    arguments += ["--workers", "3", "--shard-tokens", "5000"]
-    command = [sys.executable, "-m", "dvpa_train", "prepare", str(source), *arguments]
-    done = subprocess.run(command, env=_environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "2,400 documents" in done.stdout
-    names = sorted(path.name for path in (tmp_path / "1").iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "3").iterdir())
-    assert len(names) > 5
-    for name in names:
-        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes(), name
-
-
-SLOWLY = """
-import sys, time
-from dvpa_train import prepare
-encode = prepare._encode
-def slow(tokenizer, batch):
-    time.sleep(0.2)
-    return [[] if d.text == "nothing" else ids for d, ids in zip(batch, encode(tokenizer, batch))]
-prepare._encode = slow
-from dvpa_train.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-@pytest.fixture(scope="module")
-def killed(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path
-) -> tuple[list[str], Path]:
-    """Sources, and what is left of a run over them that was killed after its third shard."""
-    folder = tmp_path_factory.mktemp("killed")
-    # Some that the reader, and some that the tokenizer finds empty, before and after the kill.
-    texts = [text for line in LINES * 150 for text in (line, line, "", "nothing")]
-    files = [str(_jsonl(folder / "a.jsonl", texts)), str(_jsonl(folder / "b.jsonl", LINES))]
-    arguments = ["--tokenizer", str(tokenizer_folder), "--out", str(folder / "out")]
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOWLY, "prepare", *files, *arguments, "--shard-tokens", "2000"],
-        env=_environment(),
-    )
-    half = folder / "out.incomplete"
-    try:
-        deadline = time.monotonic() + 120
-        while not (half / "shard-00003.bin").exists():
-            assert process.poll() is None, "it ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    return files, half
-
-
-OPTIONS = PrepareOptions(shard_tokens=2000)
-
-
-def _resume(
-    killed: tuple[list[str], Path],
-    tokenizer: Path,
-    folder: Path,
-    options: PrepareOptions = OPTIONS,
-    damage: str = "",
-) -> tuple[Manifest, str]:
-    """Prepare where a copy of the killed run lies: the manifest, and what was said."""
-    files, half = killed
-    shutil.copytree(half, folder / "out.incomplete")
-    if damage:
-        _damage(folder / "out.incomplete", damage, "flipped")
-    said = StringIO()
-    manifest = prepare(
-        files, tokenizer, folder / "out", options, console=Console(file=said, width=200)
-    )
-    assert not (folder / "out.incomplete").exists()
-    return manifest, said.getvalue()
-
-
-def test_kill_minus_nine_leaves_nothing_valid(killed: tuple[list[str], Path]) -> None:
-    _, half = killed
-    assert not half.with_suffix("").exists()
-    with pytest.raises(FileNotFoundError, match="not a prepared folder"):
-        read_manifest(half)
-
-
-def test_a_rerun_keeps_whole_shards_and_changes_no_byte(
-    killed: tuple[list[str], Path],
-    tokenizer_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    tokenised = []
-    encode = prepare_module._encode
-
-    def counted(tokenizer: object, batch: list[Document]) -> list[list[int]]:
-        tokenised.extend(batch)
-        pairs = zip(batch, encode(tokenizer, batch), strict=True)
-        return [[] if document.text == "nothing" else ids for document, ids in pairs]
-
-    monkeypatch.setattr(prepare_module, "_encode", counted)
-    expected = prepare(killed[0], tokenizer_folder, tmp_path / "whole", OPTIONS)
-    tokenised.clear()
-    manifest, said = _resume(killed, tokenizer_folder, tmp_path)
-    assert re.search(r"resumed: \d+ shards", said)
-    assert manifest == expected
-    assert manifest.skipped["empty"] == 2 * len(LINES) * 150
-    kept = manifest.num_documents + len(LINES) * 150 - len(tokenised)
-    assert kept > 0
-    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "out").iterdir())
-    for name in names:
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"options": PrepareOptions(shard_tokens=2000, eos=False)}, "another options than before"),
-        pytest.param(
-            {"damage": "shard-00001.bin"}, r"shard-00001\.bin: .*corrupt", marks=pytest.mark.slow
-        ),
-        pytest.param({"damage": "progress.json"}, "not resumed", marks=pytest.mark.slow),
-    ],
-)
-def test_what_does_not_fit_is_started_over_and_says_so(
-    change: dict[str, Any],
-    reason: str,
-    killed: tuple[list[str], Path],
-    tokenizer_folder: Path,
-    tmp_path: Path,
-) -> None:
-    manifest, said = _resume(killed, tokenizer_folder, tmp_path, **change)
-    assert re.search(f"not resumed: .*{reason}" if reason != "not resumed" else reason, said)
-    options = change.get("options", OPTIONS)
-    assert manifest == prepare(killed[0], tokenizer_folder, tmp_path / "whole", options)
-
-
-def test_a_changed_file_is_read_again_from_its_beginning(
-    killed: tuple[list[str], Path], tokenizer_folder: Path, tmp_path: Path
-) -> None:
-    files, half = killed
-    moved = [str(shutil.copy(file, tmp_path)) for file in files]  # same bytes, another path
-    manifest, said = _resume((moved, half), tokenizer_folder, tmp_path)
-    assert "not resumed: another files than before" in said
-    assert manifest.num_documents > 0

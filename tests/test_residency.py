@@ -1,124 +1,53 @@
-"""Experts that come from disk: the same results, nothing read in vain, bounded, and never wrong."""
+"""Experts that come from disk: the same results, nothing read in vain, and bounded."""
 
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from helpers import left_padded, moe_layers, thresholds, tiny_config, tiny_model
+from helpers import left_padded, moe_layers, tiny_config, tiny_model
+from residency_world import (
+    BASE,
+    GROUPS,
+    LAYERS,
+    MEASURE_RSS,
+    PLENTY,
+    SIZE,
+    UPPER,
+    assert_same,
+    never_hand_over,
+    page,
+    random_table,
+    run_alone,
+    stores,
+    unpaged,
+    wait_until,
+    write_large,
+    write_tiny,
+)
 
-from dvpa.checkpoint import ShardReader, ShardWriter, TensorInfo
+from dvpa.checkpoint import ShardWriter, TensorInfo
 from dvpa.config import DvpaConfig, load_model_config
-from dvpa.engine.residency import ExpertStore, GroupUnavailable, count_slots, load_resident
+from dvpa.engine.residency import ExpertStore, count_slots, load_resident
 from dvpa.engine.weights import WeightFiles
 from dvpa.model import DvpaForCausalLM
-from dvpa.model.tensor_names import expert_index, tensor_shapes
-from dvpa_kernels.cpu.library import status
-from dvpa_kernels.cpu.op import MAX_ROWS_PER_EXPERT
-
-PLENTY = 10**9
-LAYERS, BASE, GROUPS, SIZE = 2, 1, 4, 4  # of tiny_config: MoE layers, groups and their experts
-UPPER = GROUPS - BASE
+from dvpa.model.tensor_names import tensor_shapes
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tiny_model in fp32, about one expert in each shard (Transformers writes layer by layer)."""
-    saved, folder = tmp_path_factory.mktemp("saved"), tmp_path_factory.mktemp("residency")
-    model = tiny_model()
-    model.tier_map = thresholds(model, 0.3, 0.6)
-    model.save_pretrained(saved)
-    reader = ShardReader(saved)
-    plan = {name: reader.tensors[name] for name in tensor_shapes(model.config)}
-    with ShardWriter(folder, plan, shard_bytes=3 * 16 * 32 * 4) as writer:
-        for name in plan:
-            writer.write(name, reader.read(name))
-    for name in ("config.json", "tier_map.json"):
-        (folder / name).write_bytes((saved / name).read_bytes())
-    return folder
-
-
-@pytest.fixture
-def copy(folder: Path, tmp_path: Path) -> Path:
-    """The same, to be damaged."""
-    for path in folder.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    return tmp_path
+    return write_tiny(tmp_path_factory.mktemp("residency"))
 
 
 @pytest.fixture
 def open_store() -> Iterator[Callable[..., ExpertStore]]:
-    """Makes stores with a number of upper slots, and closes them."""
-    opened = []
-
-    def make(
-        folder: Path, upper_slots: int, dtype: torch.dtype = torch.float32, **options: Any
-    ) -> ExpertStore:
-        config = DvpaConfig.from_pretrained(folder)
-        pinned = config.tiers[0].num_groups * len(range(1, config.num_hidden_layers))
-        weights = WeightFiles(folder, config, **options)
-        store = ExpertStore(config, weights, pinned + upper_slots, dtype=dtype)
-        opened.append(store)
-        return store
-
-    yield make
-    for store in opened:
-        store.close()
-
-
-def random_table(tokens: int, groups: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distinct experts of the groups, [T, 4] with some slots empty, and weights with NaN there."""
-    generator = torch.Generator().manual_seed(seed)
-    experts = torch.tensor([g * SIZE + i for g in groups for i in range(SIZE)])
-    order = torch.rand(tokens, len(experts), generator=generator).argsort(1)[:, :4]
-    empty = torch.rand(tokens, 4, generator=generator) < 0.2
-    weight = torch.rand(tokens, 4, generator=generator).masked_fill(empty, float("nan"))
-    return experts[order].masked_fill(empty, GROUPS * SIZE), weight
-
-
-def unpaged(
-    model: DvpaForCausalLM, layer: int, x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor
-) -> torch.Tensor:
-    from dvpa.ops import expert_mlp
-
-    experts = model.model.layers[layer].mlp.experts
-    return expert_mlp(x, experts.gate_up_proj, experts.down_proj, index, weight)
-
-
-def page(model: DvpaForCausalLM, store: ExpertStore) -> DvpaForCausalLM:
-    """The model with its experts computed by the store."""
-    for layer, moe in zip(store.layers, moe_layers(model), strict=True):
-        moe.experts.forward = lambda hidden, routing, layer=layer: store.experts(
-            layer, hidden, routing.topk_index, routing.topk_weight
-        )
-    return model
-
-
-def wait_until(done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not done():
-        assert time.monotonic() < deadline, "nothing happened for 20 seconds"
-        time.sleep(0.002)
+    with stores() as make:
+        yield make
 
 
 @pytest.fixture(autouse=True)
 def only_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No handing over to F.grouped_mm, which sums otherwise: it depends on rows and machine."""
-    for isa in MAX_ROWS_PER_EXPERT:
-        monkeypatch.setitem(MAX_ROWS_PER_EXPERT, isa, (4096, 4096))
-
-
-def assert_same(left: torch.Tensor, right: torch.Tensor) -> None:
-    """Bitwise with the kernel; without a compiler F.grouped_mm sums in the arena's order."""
-    if status().isa is None:
-        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
-    else:
-        assert torch.equal(left, right)
+    never_hand_over(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -280,103 +209,6 @@ def test_two_threads_and_too_few_slots(
     assert stats.group_loads == stats.misses + stats.prefetch_loads
 
 
-def upper_shard(folder: Path, layer: int, group: int) -> Path:
-    """A shard that holds nothing but experts of one upper group."""
-    reader = ShardReader(folder)
-    name = f"model.layers.{layer}.mlp.experts.{group * SIZE + 2}.up_proj.weight"
-    path, _ = reader.locate(name)
-    inside = [n for n in reader.tensors if reader.locate(n)[0] == path]
-    assert {(expert_index(n) or 0) // SIZE for n in inside} == {group}, inside
-    return path
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def flip_header(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[20] ^= 0xFF
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize("damage", [truncate, flip_header, Path.unlink])
-@torch.no_grad()
-def test_a_broken_shard_costs_its_group_only(
-    folder: Path, copy: Path, damage: Callable[[Path], None]
-) -> None:
-    broken = upper_shard(copy, 2, 3)
-    damage(broken)
-    whole = DvpaForCausalLM.from_pretrained(folder)
-    model, store = load_resident(copy, dtype=torch.float32, max_resident_bytes=PLENTY)
-    batch = left_padded([9, 12])._asdict()
-    with pytest.raises(GroupUnavailable, match=f"layer 2, expert group 3: .*{broken.name}") as info:
-        page(model, store)(**batch, tiers=2)
-    assert (info.value.layer, info.value.group) == (2, 3)
-    for tier in (0, 1):
-        assert_same(model(**batch, tiers=tier).logits, whole(**batch, tiers=tier).logits)
-    index, weight = random_table(9, [0, 1, 2], seed=0)
-    x = torch.randn(9, 32)
-    assert_same(store.experts(2, x, index, weight), unpaged(whole, 2, x, index, weight))
-    store.prefetch(2)  # leaves the known failure alone
-    wait_until(lambda: store.stats.group_loads == LAYERS * UPPER - 1)
-    assert [key for key, _ in store.stats.failed_groups] == [(2, 3)]
-    assert store.stats.failed_loads == 1
-    store.close()
-
-
-@pytest.mark.parametrize("damage", [truncate, flip_header])
-@torch.no_grad()
-def test_a_shard_that_breaks_while_serving(
-    copy: Path, open_store: Callable[..., ExpertStore], damage: Callable[[Path], None]
-) -> None:
-    store = open_store(copy, UPPER)
-    path = upper_shard(copy, 1, 2)
-    damage(path)
-    index, weight = random_table(9, [0, 2], seed=0)
-    with pytest.raises(GroupUnavailable, match=f"group 2: .*{path.name}: .*has changed since"):
-        store.experts(1, torch.randn(9, 32), index, weight)
-    index, weight = random_table(9, [0, 1, 3], seed=0)
-    assert store.experts(1, torch.randn(9, 32), index, weight).isfinite().all()
-    assert store.stats.failed_groups[0][0] == (1, 2)
-
-
-def test_a_failed_read_is_tried_again(
-    copy: Path, open_store: Callable[..., ExpertStore], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = open_store(copy, UPPER)
-    index, weight = random_table(9, [0, 2], seed=0)
-
-    def fail(*_: Any) -> int:
-        raise OSError(5, "Input/output error")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("os.preadv", fail)
-        with pytest.raises(GroupUnavailable, match=r"group 2: .*Input/output error"):
-            store.experts(1, torch.randn(9, 32), index, weight)
-    store.experts(1, torch.randn(9, 32), index, weight)
-    assert store.stats.failed_groups == () and store.stats.failed_loads == 1
-
-
-def test_nothing_is_read_after_close(folder: Path, open_store: Callable[..., ExpertStore]) -> None:
-    store = open_store(folder, UPPER)
-    x = torch.randn(9, 32)
-    store.experts(1, x, *random_table(9, [0, 1], seed=0))
-    store.close()
-    store.prefetch(2)
-    store.experts(1, x, *random_table(9, [0, 1], seed=1))
-    with pytest.raises(GroupUnavailable, match="group 2: the weights are closed"):
-        store.experts(1, x, *random_table(9, [0, 2], seed=0))
-
-
-@pytest.mark.parametrize("damage", [truncate, flip_header, Path.unlink])
-def test_a_broken_base_pool_is_refused(copy: Path, damage: Callable[[Path], None]) -> None:
-    name = "model.layers.1.mlp.experts.0.up_proj.weight"
-    damage(ShardReader(copy).locate(name)[0])
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts\..*model-.*safetensors"):
-        load_resident(copy, dtype=torch.float32, max_resident_bytes=PLENTY)
-
-
 def test_a_bound_that_is_too_small_says_what_is_needed(folder: Path) -> None:
     config = tiny_config()
     total = sum(torch.Size(s).numel() for n, s in tensor_shapes(config).items()) * 4
@@ -408,75 +240,6 @@ def test_tensors_longer_than_the_buffer(
         assert weights.read_into(name, out) == values.nbytes
         assert torch.equal(out, values.to(wanted))
     weights.close()
-
-
-MEASURE_RSS = """
-import sys
-from pathlib import Path
-import torch
-from helpers import tiny_config, tiny_model
-from test_residency import page
-from dvpa.engine.residency import load_resident
-
-def resident(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
-
-folder, bound, dtype = Path(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
-ids = torch.arange(3, 35)[None]
-with torch.no_grad():
-    tiny_model(tiny_config()).to(dtype)(ids, tiers=2)  # code, kernels, allocator
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
-    before = resident("VmRSS")
-    model, store = load_resident(folder, dtype=dtype, max_resident_bytes=bound)
-    page(model, store)
-    model(ids, tiers=0)
-    assert store.stats.bytes_read == 0
-    easy, easy_peak = resident("VmRSS") - before, resident("VmHWM") - before
-    counted = store.stats.resident_bytes
-    for step in range(3):
-        store.prefetch(1)
-        assert model(ids, tiers=1).logits.isfinite().all()
-    hard_peak = resident("VmHWM") - before
-slack = 8 << 20
-# On CPUs with bf16 instructions oneDNN keeps code and scratch for every shape it has met.
-products = (16 if dtype == torch.bfloat16 else 0) << 20
-print(f"{bound=} {counted=} {easy=} {easy_peak=} {hard_peak=} {store.stats}")
-assert 0.9 * counted < easy < counted + slack, "the counter is not what the process takes"
-assert easy_peak < counted + slack
-assert store.stats.evictions > 0 and store.stats.resident_bytes <= bound
-assert hard_peak < bound + slack + products
-"""
-
-
-def write_large(folder: Path) -> int:
-    """A checkpoint of 64M parameters, nearly all in upper groups; returns their number."""
-    config = tiny_config(
-        hidden_size=256, moe_intermediate_size=320, num_hidden_layers=9, n_routed_experts=32,
-        n_group=16, vocab_size=512,
-        tiers=[
-            {"name": "base", "num_groups": 1, "top_k": 2, "topk_group": 1,
-             "routed_scaling_factor": 1.0},
-            {"name": "top", "num_groups": 16, "top_k": 4, "topk_group": 16,
-             "routed_scaling_factor": 1.0},
-        ],
-    )  # fmt: skip
-    plan = {name: TensorInfo("F32", shape) for name, shape in tensor_shapes(config).items()}
-    with ShardWriter(folder, plan, shard_bytes=40_000_000) as writer:
-        for name, info in plan.items():
-            writer.write(name, torch.randn(info.shape).mul_(0.05))
-    config.save_pretrained(folder)
-    return sum(info.num_bytes for info in plan.values()) // 4
-
-
-def run_alone(script: str, *arguments: object) -> None:
-    """A script in a process of its own, which asserts."""
-    done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},  # this folder, too
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])

@@ -1,11 +1,11 @@
 """The Triton kernels in Triton's interpreter, on CPU, against the reference.
 
 The interpreter is chosen when the kernels are imported, so the checks run in a process of their
-own; there, this file's `check_` functions are the tests. One of them by hand:
-`TRITON_INTERPRET=1 python -m pytest tests/test_triton_kernel.py -o python_functions=check_* -k fp8`
+own; there, the `check_` functions of this file and of check_triton_operators.py are the tests.
+One of them by hand:
+`TRITON_INTERPRET=1 python -m pytest tests/test_triton_kernel.py -o python_functions=check_* -k nan`
 """
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -18,21 +18,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from triton_world import BF16, FP16, FP32, HAS_TRITON, INTERPRETED, NAMES, case, compare
 
 from dvpa_kernels import RowRouting, make_routing, moe_mlp
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+OPERATORS = Path(__file__).with_name("check_triton_operators.py")
 NEEDS_TRITON = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-BOUND = {FP32: 1e-5, FP16: 2e-3, BF16: 1.5e-2}  # relative Frobenius error
-NAMES = ("x", "w_gate_up", "w_down", "weight")
 
 if INTERPRETED and HAS_TRITON:
-    import triton
-
-    from dvpa_kernels import cli_tune, fp8, fp8_gemm, tiles, triton_moe
-    from dvpa_kernels.gather_sum import gather_sum
+    from dvpa_kernels import tiles, triton_moe
     from dvpa_kernels.tuning import Launch, Plan, default_plan
 
 
@@ -44,8 +38,8 @@ def test_the_kernels_in_the_interpreter() -> None:
     versions = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if versions < (3, 8) and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
         pytest.skip("the interpreter of triton < 3.8 cannot loop with numpy >= 2.4")
-    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider"]
-    command += ["-o", "python_functions=check_*"]
+    command = [sys.executable, "-m", "pytest", __file__, str(OPERATORS)]
+    command += ["-p", "no:cacheprovider", "-o", "python_functions=check_*"]
     run = subprocess.run(
         command,
         env=dict(os.environ, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES=""),
@@ -85,75 +79,6 @@ else:
 """
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
     subprocess.run([sys.executable, "-c", script], env=environment, check=True)
-
-
-def case(
-    tokens: int,
-    experts: int,
-    slots: int,
-    hidden: int,
-    width: int,
-    dtype: torch.dtype,
-    seed: int = 0,
-    full: bool = False,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Random operands and index; unless `full`, a third of the slots is empty and expert 0 idle."""
-    g = torch.Generator().manual_seed(seed)
-    index = torch.rand(tokens, experts, generator=g).topk(slots).indices
-    if not full:
-        empty = torch.rand(index.shape, generator=g) < 0.33
-        index = index.masked_fill(empty | (index == 0), experts)
-    inputs = {
-        "x": torch.randn(tokens, hidden, generator=g).to(dtype),
-        "w_gate_up": (torch.randn(experts, 2 * width, hidden, generator=g) / hidden**0.5).to(dtype),
-        "w_down": (torch.randn(experts, hidden, width, generator=g) / width**0.5).to(dtype),
-        "weight": torch.rand(index.shape, generator=g),
-    }
-    return inputs, index
-
-
-def error(ours: Tensor, exact: Tensor) -> float:
-    """Relative Frobenius error; of zeros, the absolute one."""
-    ours, exact = ours.detach().float(), exact.detach().float()
-    norm = exact.norm()
-    return float((ours - exact).norm() / (norm if norm > 0 else 1.0))
-
-
-def compare(inputs: dict[str, Tensor], index: Tensor, plan: "Plan | None" = None) -> None:
-    """Output and every gradient, by name, against fp32 autograd through the reference."""
-    dtype, experts = inputs["x"].dtype, len(inputs["w_down"])
-    exact = {name: inputs[name].float().clone().requires_grad_() for name in NAMES}
-    routing = make_routing(index, exact["weight"], experts)
-    wanted = moe_mlp(*(exact[n] for n in NAMES[:3]), routing, backend="reference")
-    grad = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(7)).to(dtype)
-    results: dict[str, Tensor | None]
-    if plan is None:
-        ours = {name: inputs[name].clone().requires_grad_() for name in NAMES}
-        routing = make_routing(index, ours["weight"], experts)
-        out = moe_mlp(*(ours[n] for n in NAMES[:3]), routing, backend="triton")
-        out.backward(grad)
-        results = {name: ours[name].grad for name in NAMES}
-        result_weight = results.pop("weight")
-    else:
-        routing = make_routing(index, inputs["weight"], experts)
-        operands = [inputs[n] for n in NAMES[:3]]
-        out, h = triton_moe.forward_rows(*operands, routing, plan, keep=True)
-        *parts, d_rows = triton_moe.backward_rows(
-            grad, operands[0], h, *operands[1:], routing, plan, (True, True, True)
-        )
-        results = dict(zip(NAMES, parts, strict=False))
-        order = index.flatten().sort(stable=True).indices[: len(d_rows)]
-        result_weight = torch.zeros(index.numel()).index_copy(0, order, d_rows).view(index.shape)
-    assert out.dtype == dtype
-    assert error(out, wanted) < BOUND[dtype], "output"
-    if wanted.requires_grad:
-        wanted.backward(grad.float())
-    for name, ours_grad in {**results, "weight": result_weight}.items():
-        expected = exact[name].grad
-        if expected is None:
-            expected = torch.zeros_like(exact[name])
-        assert ours_grad is not None, name
-        assert error(ours_grad, expected) < BOUND[dtype], f"gradient of {name}"
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
@@ -319,181 +244,3 @@ def check_other_experts_may_hold_nan() -> None:
         outputs.append([out, *(leaves[name].grad for name in NAMES)])
     for exact, ours in zip(*outputs, strict=True):
         assert torch.equal(exact, ours)
-
-
-def check_gather_sum_reads_only_named_rows() -> None:
-    rows = torch.randn(5, 40)
-    rows[3] = float("nan")
-    token_rows = torch.tensor([4, 0, 2, 1, 0], dtype=torch.int32)
-    offsets = torch.tensor([0, 3, 3, 4], dtype=torch.int32)
-    weight = torch.tensor([0.5, 2.0, -1.0, float("nan"), 3.0])
-    out = gather_sum(rows, weight, token_rows, offsets)
-    wanted = torch.stack([3 * rows[4] + 0.5 * rows[0] - rows[2], torch.zeros(40), 2 * rows[1]])
-    torch.testing.assert_close(out, wanted)
-    out = gather_sum(rows, None, token_rows, offsets)
-    torch.testing.assert_close(out[0], rows[4] + rows[0] + rows[2])
-
-
-def check_what_the_forward_pass_keeps() -> None:
-    """x and h, and operands that exist anyway; nothing that is rows x hidden."""
-    inputs, index = case(11, 4, 2, 48, 16, FP32)
-    leaves = {name: inputs[name].clone().requires_grad_() for name in NAMES}
-    routing = make_routing(index, leaves["weight"], 4)
-    rows, kept = len(routing.token_index), []
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        moe_mlp(*(leaves[n] for n in NAMES[:3]), routing, backend="triton")
-    existing = {leaf.data_ptr() for leaf in leaves.values()}
-    new = [
-        t for t in kept if t.is_floating_point() and t.data_ptr() not in existing and t.dim() > 1
-    ]
-    assert [tuple(tensor.shape) for tensor in new] == [(rows, 32)]
-    with torch.no_grad():
-        keep = {"keep": True, "plan": default_plan(4, 1)}
-        operands = [inputs[n] for n in NAMES[:3]]
-        assert triton_moe.forward_rows(*operands, routing, **keep)[1].numel()
-        assert not triton_moe.forward_rows(*operands, routing, **{**keep, "keep": False})[1].numel()
-
-
-@pytest.mark.parametrize("wanted", NAMES)
-def check_one_gradient_alone(wanted: str) -> None:
-    inputs, index = case(6, 3, 2, 16, 16, FP32)
-    gradients = []
-    for backend in ("triton", "reference"):
-        leaves = {n: inputs[n].clone().requires_grad_(n == wanted) for n in NAMES}
-        routing = make_routing(index, leaves["weight"], 3)
-        moe_mlp(*(leaves[n] for n in NAMES[:3]), routing, backend=backend).square().sum().backward()
-        assert all((leaves[n].grad is not None) == (n == wanted) for n in NAMES)
-        gradients.append(leaves[wanted].grad)
-    assert error(*gradients) < BOUND[FP32]
-
-
-def check_a_weight_in_bf16_gets_its_gradient_in_bf16() -> None:
-    inputs, index = case(6, 3, 2, 16, 16, FP32)
-    weight = inputs["weight"].bfloat16().requires_grad_()
-    routing = make_routing(index, weight, 3)
-    out = moe_mlp(*(inputs[n] for n in NAMES[:3]), routing, backend="triton")
-    out.sum().backward()
-    assert weight.grad is not None and weight.grad.dtype == BF16 and weight.grad.any()
-
-
-def check_twice_the_same_bits() -> None:
-    inputs, index = case(16, 4, 3, 32, 16, FP16)
-    runs = []
-    for _ in range(2):
-        leaves = {name: inputs[name].clone().requires_grad_() for name in NAMES}
-        routing = make_routing(index, leaves["weight"], 4)
-        out = moe_mlp(*(leaves[n] for n in NAMES[:3]), routing, backend="triton")
-        out.sum().backward()
-        runs.append([out, *(leaves[name].grad for name in NAMES)])
-    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
-
-
-def check_the_operators_keep_their_contracts() -> None:
-    inputs, index = case(4, 3, 2, 16, 16, FP32)
-    leaves = {name: inputs[name].clone().requires_grad_() for name in NAMES}
-    r = make_routing(index, leaves["weight"].detach(), 3)
-    operands = tuple(leaves[n] for n in NAMES[:3])
-    weight, *columns = r.columns
-    torch.library.opcheck(
-        triton_moe.triton_moe_mlp,
-        (*operands, True, weight.clone().requires_grad_(), *columns),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-    )
-
-
-def check_compiled_whole() -> None:
-    """One graph, padded rows, output and gradients as in eager mode."""
-    inputs, index = case(6, 3, 2, 16, 16, FP32)
-
-    def layer(x: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor) -> Tensor:
-        routing = make_routing(index, weight, 3)
-        return moe_mlp(x, gate_up, down, routing, backend="triton").square()
-
-    results = []
-    for function in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
-        leaves = [inputs[name].clone().requires_grad_() for name in NAMES]
-        out = function(*leaves)
-        out.sum().backward()
-        results.append([out, *(leaf.grad for leaf in leaves)])
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(eager, compiled)
-
-
-@pytest.mark.parametrize("dtype", [FP32, FP16])
-@pytest.mark.parametrize(
-    "shape", [(20, 4, 2, 200, 150), (3, 2, 2, 128, 128), (70, 2, 1, 24, 136)], ids=str
-)
-def check_fp8(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    inputs, index = case(*shape, dtype)
-    experts = shape[1]
-    routing = make_routing(index, inputs["weight"], experts)
-    gate_up, gate_up_scale = fp8.quantise_weight(inputs["w_gate_up"])
-    down, down_scale = fp8.quantise_weight(inputs["w_down"])
-    operands = (inputs["x"], gate_up, gate_up_scale, down, down_scale, routing)
-    out = fp8.moe_mlp_fp8(*operands)
-    assert out.dtype == dtype
-    assert error(out, fp8.moe_mlp_fp8_reference(*operands)) < BOUND[dtype]
-    exact = moe_mlp(*(inputs[n].float() for n in NAMES[:3]), routing, backend="reference")
-    assert error(out, exact) < 0.08  # three roundings to four significant bits
-
-
-def check_fp8_codes_are_those_of_torch() -> None:
-    rows = torch.randn(11, 200) * torch.logspace(-6, 3, 11)[:, None]
-    rows[4] = 0.0
-    ours, wanted = fp8_gemm.quantise(rows), fp8.quantise_rows(rows)
-    assert torch.equal(ours[0].float(), wanted[0].float())
-    torch.testing.assert_close(ours[1], wanted[1])
-    # Half a step of four significant bits at most, and a value below the smallest step per block.
-    back = fp8.dequantise_rows(*ours)
-    step = rows.abs() / 16 + wanted[1].repeat_interleave(128, 1)[:, :200] * 2**-10
-    assert ((back - rows).abs() <= step * 1.001).all()
-
-
-def check_fp8_refuses_what_does_not_fit() -> None:
-    inputs, index = case(4, 2, 1, 16, 16, FP32)
-    routing = make_routing(index, inputs["weight"], 2)
-    codes, scale = fp8.quantise_weight(inputs["w_gate_up"])
-    down, down_scale = fp8.quantise_weight(inputs["w_down"])
-    good = [inputs["x"], codes, scale, down, down_scale, routing]
-    for place, bad, name in (
-        (1, inputs["w_gate_up"], "w_gate_up"),
-        (2, scale[:, :, :0], "gate_up_scale"),
-        (3, down[:1], "w_down"),
-        (4, down_scale.half(), "down_scale"),
-        (0, inputs["x"][:3], "routing"),
-    ):
-        with pytest.raises(ValueError, match=f"{name}: "):
-            fp8.moe_mlp_fp8(*good[:place], bad, *good[place + 1 :])
-    with pytest.raises(RuntimeError, match="no backward pass"):
-        fp8.moe_mlp_fp8(inputs["x"].requires_grad_(), *good[1:])
-
-
-def check_the_tuner_finds_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a clock that prefers wide blocks without TMA, it picks those and reports failures."""
-    launches = [Launch(16, 16, 4, 3), Launch(32, 16, 4, 3), Launch(64, 512, 4, 9)]
-    monkeypatch.setattr(cli_tune, "candidates", lambda height, pair: iter(launches))
-    monkeypatch.setattr(
-        cli_tune, "weight_candidates", lambda: iter([Launch(16, 16, 4, 3, block_m=16)])
-    )
-    clock = iter(range(100, 0, -1))
-    monkeypatch.setattr(triton.testing, "do_bench", lambda call, **_: float(next(clock)))
-    work = cli_tune.make_workload((32, 32, 2, 1), 1, FP32, "cpu")
-    plan = cli_tune.tune(work, 1, lambda line: None)
-    assert plan.rows == plan.grad_rows == 16
-    assert plan.up == plan.down == plan.grad_act == replace(launches[1], tma=False)
-
-    def broken(launch: Launch) -> float:
-        if launch.tma:
-            raise RuntimeError("does not fit")
-        return 1.0
-
-    said: list[str] = []
-    assert cli_tune.fastest(broken, iter(launches[:1]), said.append)[1].tma is False
-    assert "does not fit" in said[0]
-    with pytest.raises(RuntimeError, match="no candidate runs"):
-        cli_tune.fastest(broken, iter([]), said.append)
