@@ -1,9 +1,10 @@
 """The comparison of pools for converted checkpoints: its part of docs/benchmarks.md."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.stats import t as student_t
 
 
 def pools_part(result: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
@@ -19,7 +20,8 @@ def pools_part(result: Mapping[str, Any]) -> tuple[str, list[str], list[list[str
         f"{result['held_out_tokens']:,} others, before any tuning. Seeds {numbers}; "
         "the top tier, which is the source, has "
         + ", ".join(f"{top:.3f}" for top in tops)
-        + ". Cells: loss above the top tier's, mean over seeds (each seed)."
+        + ". Cells: loss above the top tier's, mean over seeds (each seed). "
+        + _paired(seeds)
     )
     head = ["tiers", "pool", "order of experts"]
     rows = []
@@ -38,3 +40,26 @@ def pools_part(result: Mapping[str, Any]) -> tuple[str, list[str], list[list[str
             rows.append(row)
     head += ["smallest pool", "middle pool"]
     return text, head, rows
+
+
+def _paired(seeds: Sequence[Mapping[str, Any]]) -> str:
+    """What the pools and the ranking change, seed by seed, over all pools below the top."""
+
+    def difference(left: str, right: str) -> str:
+        per_seed = []
+        for seed in seeds:
+            both = [
+                np.subtract(plans[left][:-1], plans[right][:-1]) for plans in seed["nll"].values()
+            ]
+            per_seed.append(np.concatenate(both).mean())
+        values = np.array(per_seed)
+        half = student_t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+        return f"{values.mean():+.3f} ({values.mean() - half:+.3f} .. {values.mean() + half:+.3f})"
+
+    return (
+        "Differences over all four pools, with 95 % t intervals over the seeds: striped less "
+        f"prefix, by REAP, {difference('striped, REAP', 'prefix, REAP')}; REAP less random orders, "
+        f"striped, {difference('striped, REAP', 'striped, random')}, prefix, "
+        f"{difference('prefix, REAP', 'prefix, random')}; REAP times tokens less REAP, striped, "
+        f"{difference('striped, REAP x tokens', 'striped, REAP')}."
+    )

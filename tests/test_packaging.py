@@ -133,8 +133,7 @@ def test_forbidden_files_do_not_exist() -> None:
 @pytest.mark.parametrize("path", python_files(), ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_file_is_short_and_plain(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    limit = 500 if "tests" in path.relative_to(REPOSITORY).parts else 400
-    assert len(text.splitlines()) <= limit
+    assert len(text.splitlines()) <= 400
     assert text.isascii()
 
 
