@@ -176,8 +176,9 @@ with torch.no_grad():
         assert model(ids, tiers=1).logits.isfinite().all()
     hard_peak = resident("VmHWM") - before
 slack = 8 << 20
-# On CPUs with bf16 instructions oneDNN keeps code and scratch for every shape it has met.
-products = (16 if dtype == torch.bfloat16 else 0) << 20
+# On CPUs with bf16 instructions oneDNN keeps code and scratch for every shape it has met: 10 MB,
+# and up to 18 MB where other processes change the order in which buffers come and go.
+products = (24 if dtype == torch.bfloat16 else 0) << 20
 print(f"{bound=} {counted=} {easy=} {easy_peak=} {hard_peak=} {store.stats}")
 assert 0.9 * counted < easy < counted + slack, "the counter is not what the process takes"
 assert easy_peak < counted + slack
