@@ -39,7 +39,7 @@ def read_bands(
         read(high.start * columns + wide.start, staged)
         scales = scale_inv[_blocks(high), _blocks(wide)]
         # Waits for a GPU: the buffer is filled again at once.
-        part.copy_(dequantise(staged.view(part.shape).to(out.device), scales, out.dtype))
+        part.copy_(dequantise(staged.view(part.shape).to(out.device), scales))
 
 
 def bands(rows: int, columns: int, most: int) -> Iterator[Band]:
