@@ -145,6 +145,21 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None
     write_shards(folder, tensors, {name: index.get(name, "new.safetensors") for name in tensors})
 
 
+def quantise_folder(folder: Path, out: Path) -> Path:
+    """A checkpoint of ours in bf16 or fp32 again in FP8, with all its other files."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in read_folder(folder).items():
+        tensors[name] = tensor
+        if is_quantised(name) and ".eh_proj." not in name:
+            tensors[name], tensors[name + SCALE] = quantise(tensor)
+    store(out, tensors, {}, shards=2)
+    for path in folder.iterdir():
+        if path.is_file() and "safetensors" not in path.name:
+            (out / path.name).write_bytes(path.read_bytes())
+    edit_config(out, quantization_config=QUANTIZATION, dtype="bfloat16")
+    return out
+
+
 def edit_config(folder: Path, **changes: Any) -> None:
     """Set keys of config.json; None removes one."""
     path = folder / "config.json"

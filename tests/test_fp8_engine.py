@@ -16,10 +16,12 @@ from fp8_world import (
     by_hand,
     edit_config,
     make_fp8_source,
+    quantise_folder,
     rewrite,
     same,
     write_shards,
 )
+from helpers import mtp_model
 from hypothesis import given
 from hypothesis import strategies as st
 from residency_world import MEASURE_RSS, large_config, run_alone
@@ -35,6 +37,7 @@ from dvpa.engine import Engine, SamplingParams, fp8_bands
 from dvpa.engine.fp8_bands import bands, read_bands
 from dvpa.engine.residency import _group_bytes, load_resident
 from dvpa.engine.weights import WeightFiles, other_bytes
+from dvpa.model import DvpaForCausalLM
 from dvpa.model.tensor_names import tensor_shapes
 
 PLENTY = 10**9
@@ -120,7 +123,7 @@ def test_every_weight(
     stored, config = read_folder(folder), DvpaConfig.from_pretrained(folder)
     weights = WeightFiles(folder, config, drop_page_cache=drop_page_cache)
     names = [name for name in stored if not name.endswith(SCALE)]
-    assert weights.num_fp8 == len(stored) - len(names) > 30
+    assert weights.count_fp8(config) == len(stored) - len(names) > 30
     for name in names:
         out = torch.full(stored[name].shape, float("nan"), dtype=dtype)
         num_bytes = weights.read_into(name, out)
@@ -210,6 +213,32 @@ def test_answers_are_those_of_the_bf16_checkpoint(
         ]
         per_group = sum(group) * config.unit_size // 4
         assert stats[0].bytes_read == stats[0].group_loads * per_group
+
+
+@pytest.mark.parametrize("bound", [None, PLENTY])
+def test_a_head_decides_and_a_module_stays_on_the_disk(
+    bound: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The module for multi-token prediction, FP8 too, is neither loaded nor missed."""
+    mtp_model(tie_word_embeddings=True).save_pretrained(tmp_path / "made")
+    quantise_folder(tmp_path / "made", tmp_path / "fp8")
+    DvpaForCausalLM.from_pretrained(tmp_path / "fp8").save_pretrained(tmp_path / "plain")
+    caplog.clear()
+    prompts = [[5, 6, 7], [9, 8, 7, 6], [11]]
+    answers = []
+    for name in ("fp8", "plain"):
+        engine = Engine(tmp_path / name, max_resident_bytes=bound)
+        params = SamplingParams(max_tokens=5, temperature=0, tier="auto", ignore_eos=True)
+        outs = engine.generate(prompts, params)
+        answers.append([(out.token_ids, out.telemetry.difficulty) for out in outs])
+        engine.close()
+    assert answers[0] == answers[1]
+    said = [record.args for record in caplog.records if "dequantised" in record.msg]
+    stored = read_folder(tmp_path / "fp8")
+    count = sum(name.endswith(SCALE) for name in stored)
+    skipped = sum(name.endswith(SCALE) and ".layers.3." in name for name in stored)
+    assert skipped > 40
+    assert [each[1] for each in said if each] == [count - skipped]
 
 
 def test_resident_memory_stays_below_the_bound(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ from transformers import (
 
 from dvpa.checkpoint import convert_checkpoint
 from dvpa.config import DvpaConfig
-from dvpa.model import DvpaForCausalLM, DvpaModel, fp8_loading
+from dvpa.model import DvpaForCausalLM, DvpaModel, DvpaPreTrainedModel, fp8_loading
+from dvpa_train.initial import load_initial
 
 PLAIN = {"quantization_config": None, "dtype": "float32"}
 
@@ -122,6 +123,13 @@ def test_a_config_that_was_read_before(folder: Path) -> None:
     assert config.has_fp8_weights
     assert not model.config.has_fp8_weights
     assert not {"has_fp8_weights", "quantization_config"} & config.to_dict().keys()
+
+
+def test_training_starts_from_the_same_numbers(folder: Path) -> None:
+    expected = DvpaForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    initial = load_initial(folder).state_dict()
+    assert initial.keys() == expected.keys()
+    assert all(same(value, expected[name]) for name, value in initial.items())
 
 
 def test_zero_3_gets_whole_tensors(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,6 +231,15 @@ def test_a_truncated_shard(copy: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=path.name):
         DvpaForCausalLM.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("load", [DvpaForCausalLM, DvpaModel])
+def test_a_transformers_that_loads_otherwise_is_noticed(
+    load: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(DvpaPreTrainedModel, "_load_pretrained_model")
+    with pytest.raises(ValueError, match="took FP8 codes for weights"):
+        load.from_pretrained(folder)
 
 
 def test_what_would_take_codes_for_weights_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -61,11 +61,11 @@ def load_resident(
     config.num_nextn_predict_layers = 0  # such a module is checked, and stays on the disk
     slots = count_slots(config, dtype, max_resident_bytes)
     weights = WeightFiles(folder, stored, device, drop_page_cache)
-    if weights.num_fp8:
+    if num_fp8 := weights.count_fp8(config):
         logger.warning(
             "%s: %d weights dequantised from FP8 to %s whenever they are read",
             folder,
-            weights.num_fp8,
+            num_fp8,
             str(dtype).removeprefix("torch."),
         )
     try:

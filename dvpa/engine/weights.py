@@ -75,10 +75,9 @@ class WeightFiles:
             descriptor = os.open(path, os.O_RDONLY)
             self._files[path] = descriptor, _signature(descriptor)
 
-    @property
-    def num_fp8(self) -> int:
-        """Weights that are stored in FP8, of those whose shards could be read."""
-        return len(fp8_names(self._reader.tensors))
+    def count_fp8(self, config: DvpaConfig) -> int:
+        """Weights of a model of `config` that are in FP8, of those whose shards could be read."""
+        return len(fp8_names(self._reader.tensors) & tensor_shapes(config).keys())
 
     def read_into(self, name: str, out: Tensor) -> int:
         """Fill `out` (contiguous, of the tensor's shape) and return the bytes read.

@@ -99,6 +99,15 @@ class DvpaPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = ["tier_bias"]  # noqa: RUF012
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers; FP8 weights are dequantised."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.has_fp8_weights:  # `_load_pretrained_model` is no contract
+            raise ValueError("this version of Transformers took FP8 codes for weights: use another")
+        return loaded
+
     @staticmethod
     def _load_pretrained_model(
         model: Any,
