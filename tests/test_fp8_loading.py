@@ -243,6 +243,14 @@ def test_a_transformers_that_loads_otherwise_is_noticed(
 
 
 def test_what_would_take_codes_for_weights_is_refused(folder: Path, tmp_path: Path) -> None:
+    config, state = DvpaConfig.from_pretrained(folder), read_folder(folder)
+    with pytest.raises(
+        ValueError, match=r"state_dict: model\.layers.*float8_e4m3fn; load its fold"
+    ):
+        DvpaModel.from_pretrained(None, config=config, state_dict=state)
+    plain = exact(state)
+    model = DvpaModel.from_pretrained(None, config=config, state_dict=plain, dtype=torch.float32)
+    assert same(model.layers[1].self_attn.kv_a_proj_with_mqa.weight.detach(), plain[KV])
     with pytest.raises(ValueError, match=r"quantization_config: .* is dequantised"):
         DvpaForCausalLM.from_pretrained(
             folder, quantization_config=FineGrainedFP8Config(dequantize=True)

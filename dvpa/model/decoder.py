@@ -123,9 +123,7 @@ class DvpaPreTrainedModel(PreTrainedModel):
             ValueError: FP8 that cannot be read (naming the tensor), or that is to be used as FP8.
         """
         load = PreTrainedModel._load_pretrained_model
-        if state_dict is not None or checkpoint_files is None:
-            return load(model, state_dict, checkpoint_files, load_config, *args, **more)
-        with fp8_weights(model, checkpoint_files, load_config) as tensors:
+        with fp8_weights(model, state_dict, checkpoint_files, load_config) as tensors:
             return load(model, tensors, checkpoint_files, load_config, *args, **more)
 
     @torch.no_grad()

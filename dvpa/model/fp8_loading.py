@@ -48,15 +48,20 @@ class Fp8Slice:
 
 @contextmanager
 def fp8_weights(
-    model: Any, files: Sequence[str], load_config: Any
+    model: Any,
+    state_dict: dict[str, Any] | None,
+    files: Sequence[str] | None,
+    load_config: Any,
 ) -> Iterator[dict[str, Any] | None]:
     """The tensors of a checkpoint for Transformers to load into `model`, FP8 ones as `Fp8Slice`.
 
-    None where nothing is FP8: Transformers then reads the files itself. At the end it is said how
-    many weights were dequantised, and the model's config no longer says that they are FP8.
+    `state_dict` itself where nothing in the files is FP8: Transformers then reads them. At the end
+    it is said how many weights were dequantised. The model's config no longer says that its
+    weights are FP8.
 
     Args:
         model: on `meta`, with a `DvpaConfig`.
+        state_dict: tensors that somebody has read before; then `files` do not matter.
         files: safetensors, all of the checkpoint.
         load_config: what Transformers was asked for.
 
@@ -65,6 +70,12 @@ def fp8_weights(
         SafetensorError: a shard is corrupt.
     """
     has_blocks, model.config.has_fp8_weights = model.config.has_fp8_weights, False
+    if state_dict is not None or not files:
+        for name, tensor in (state_dict or {}).items():
+            if isinstance(tensor, Tensor) and "float8" in str(tensor.dtype):
+                raise ValueError(f"state_dict: {name}: {tensor.dtype}; load its folder instead")
+        yield state_dict
+        return
     read: list[str] = []  # by several threads
     folder = Path(files[0]).parent
     with ExitStack() as stack:
