@@ -188,16 +188,24 @@ def test_assembling_two_of_ours(converted: Path, tmp_path: Path) -> None:
     assert same(gate.detach(), by_hand(parents[1][name], parents[1][name + SCALE]))
 
 
-def test_a_router_in_fp8_becomes_bf16(source: Path, tmp_path: Path) -> None:
-    """Its rows change places, which blocks cannot."""
-    gate = "model.layers.1.mlp.gate.weight"
+def test_fp8_where_v3_has_none(source: Path, tmp_path: Path) -> None:
+    """A head stays FP8; a router becomes bf16: its rows change places, which blocks cannot."""
+    gate, head = "model.layers.1.mlp.gate.weight", "lm_head.weight"
     tensors = read_folder(source)
-    tensors[gate], tensors[gate + SCALE] = quantise(tensors[gate])
+    for name in (gate, head):
+        tensors[name], tensors[name + SCALE] = quantise(tensors[name])
     store(tmp_path / "source", tensors, config_of(source))
     convert_checkpoint(tmp_path / "source", tmp_path / "out", None)
     ours = read_folder(tmp_path / "out")
     assert same(ours[gate], by_hand(tensors[gate], tensors[gate + SCALE]))
     assert gate + SCALE not in ours
+    for dtype in ("auto", "fp8"):
+        export_tier(tmp_path / "out", 0, tmp_path / dtype, dtype=dtype)
+        cut = read_folder(tmp_path / dtype)
+        assert all(same(cut[name], tensors[name]) for name in (head, head + SCALE))
+    model = DvpaForCausalLM.from_pretrained(tmp_path / "out")
+    expected = by_hand(tensors[head], tensors[head + SCALE])
+    assert same(model.lm_head.weight.detach(), expected)
 
 
 DAMAGE: dict[str, tuple[Any, str]] = {
