@@ -106,6 +106,20 @@ def test_bands_are_the_whole(
     assert same(out, dequantise(codes, scale_inv, dtype))
 
 
+def test_bands_for_another_device_are_bounded_too() -> None:
+    """As on a GPU, with `meta` in its place: codes go there, and are numbers only there."""
+    sizes = []
+
+    def read(first: int, out: torch.Tensor) -> None:
+        sizes.append(out.numel())
+
+    out = torch.empty(2000, 7168, dtype=torch.bfloat16, device="meta")
+    scale_inv = torch.ones(scale_shape(tuple(out.shape)))
+    read_bands(read, scale_inv, out, torch.empty(1 << 22, dtype=torch.uint8))
+    assert sum(sizes) == out.numel()
+    assert 128 * 7168 == max(sizes) <= fp8_bands.GPU_BAND
+
+
 @pytest.mark.parametrize("drop_page_cache", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_weight(
