@@ -174,6 +174,36 @@ def test_several_threads(folder: Path) -> None:
     assert not wrong
 
 
+COUNT_THREADS = """
+import os
+import threading
+import torch
+from dvpa.engine.fp8_bands import read_bands
+from dvpa.fp8 import scale_shape
+
+torch.set_num_threads(2)
+found = []
+
+def read():
+    found.append(len(os.listdir("/proc/self/task")))
+    for shape in ((256, 2048), (256, 7168), (3, 40000)):
+        out = torch.empty(shape, dtype=torch.bfloat16)
+        buffer = torch.empty(1 << 16, dtype=torch.uint8)
+        read_bands(lambda first, codes: None, torch.ones(scale_shape(shape)), out, buffer)
+    found.append(len(os.listdir("/proc/self/task")))
+
+thread = threading.Thread(target=read)
+thread.start()
+thread.join()
+assert found[0] == found[1], found
+"""
+
+
+def test_a_reader_starts_no_threads_of_its_own() -> None:
+    """They would compete with those of the step; PyTorch shares out 32768 numbers and more."""
+    run_alone(COUNT_THREADS)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_onto_a_gpu(folder: Path) -> None:
     stored, config = read_folder(folder), DvpaConfig.from_pretrained(folder)

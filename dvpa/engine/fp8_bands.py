@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dvpa.fp8 import BLOCK, DTYPE, dequantise
 
-# As `CPU_BUFFER_BYTES` and `GPU_BUFFER_BYTES` of `dvpa.engine.weights`, in codes; a band is fp32
-# for a moment, four times its size.
-CPU_BAND = 1 << 15
+# Codes of a band, which is fp32 for a moment. On a CPU operators on fewer than 32768 numbers stay
+# on the thread that asked for them: see `CPU_BUFFER_BYTES` of `dvpa.engine.weights`.
+CPU_BAND = (1 << 15) - 1
 GPU_BAND = 1 << 20
 
 Band = tuple[slice, slice]  # rows, columns
