@@ -19,8 +19,9 @@ STAMP := $(BIN)/.dvpa
 ON_THE_FLOOR := answer attention batches chat checkpoint cli config configs \
     consolidate convert convert_formats demo detokenizer engine engine_route engine_schedule \
     engine_telemetry experts experts_interface export export_formats finetune finetune_inputs \
-    growth lora model mtp mtp_checkpoint outcomes parity pricing probe registration saving \
-    server_openai server_openai_errors speculation standalone switches tokenizer training
+    fp8_convert fp8_engine fp8_loading growth lora model mtp mtp_checkpoint outcomes parity \
+    pricing probe registration saving server_openai server_openai_errors speculation standalone \
+    switches tokenizer training
 SIDE_BY_SIDE = -n $(WORKERS)  # how tests are shared out: tests/conftest.py
 INPUTS := pyproject.toml requirements/cpu.txt
 

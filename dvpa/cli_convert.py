@@ -10,9 +10,11 @@ from dvpa.cli_output import console, count_of, params_of, show_status, write_jso
 
 if TYPE_CHECKING:
     from dvpa.checkpoint.convert import ConversionReport
-    from dvpa.checkpoint.export import TierSize
+    from dvpa.checkpoint.export import ExportReport, TierSize
+    from dvpa.checkpoint.number_format import FormatCounts
 
-DTYPES = ("auto", "bfloat16", "float16", "float32")
+DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8")
+FP8_HELP = "of weights (as they are, FP8 bit for bit); fp8: 128 x 128 blocks, as DeepSeek-V3"
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +52,7 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="whole groups, or a part of every group (default: what loses less on the text)",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of weights (as they are)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help=FP8_HELP)
     parser.add_argument(
         "--drop-mtp", action="store_true", help="leave out the multi-token prediction module"
     )
@@ -67,12 +69,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         of=(tier, out),
         help="write nothing: show what every tier would weigh",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=(*DTYPES, "fp8"),
-        default="auto",
-        help="of weights (as they are); fp8: 128 x 128 blocks, as DeepSeek-V3",
-    )
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help=FP8_HELP)
     parser.add_argument(
         "--keep-mtp",
         action="store_true",
@@ -155,6 +152,7 @@ def export_run(arguments: argparse.Namespace) -> None:
     if write_json(arguments.json, asdict(report)):
         return
     console().print(f"{report.model_type} checkpoint of tier {arguments.tier}: {arguments.out}")
+    show_formats(report)
     if report.dropped_mtp:
         console().print(
             f"left out (--keep-mtp): {report.dropped_mtp} tensors of multi-token prediction"
@@ -213,8 +211,21 @@ def show_conversion(out: Path, report: "ConversionReport") -> None:
         console().print(f"of these without room in the base pool: {report.unpinned}")
     if report.never_chosen:
         console().print(f"experts that no token chose, ranked last: {report.never_chosen}")
+    show_formats(report.formats)
     for reason, count in report.left_out.items():
         console().print(f"left out: {count} tensors: {reason}")
+
+
+def show_formats(counts: "FormatCounts | ExportReport") -> None:
+    """Print what became of weights in FP8, and what became FP8."""
+    said = {
+        "FP8 kept as it is": counts.kept_fp8,
+        "quantised to FP8": counts.quantised,
+        "dequantised from FP8": counts.dequantised,
+    }
+    for what, count in said.items():
+        if count:
+            console().print(f"{what}: {count:,} weights")
 
 
 def show_sizes(checkpoint: Path, sizes: Sequence["TierSize"]) -> None:

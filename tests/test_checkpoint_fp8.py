@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dvpa import fp8
 from dvpa.checkpoint.fp8 import dequantise, encode, quantise, requantise, scale_shape
 from dvpa_kernels.fp8 import dequantise_weight, quantise_weight
 
@@ -55,6 +56,22 @@ def test_all_codes_mean_what_the_format_says() -> None:
             continue
         value = mantissa * 2.0**-9 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
         assert weight[code] == sign * value
+
+
+@pytest.mark.parametrize("piece", [fp8.PIECE, 1000, 1])
+def test_codes_are_converted_as_pytorch_does(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every code to the bit, minus zero too; NaN where it is NaN, whatever lies beside it."""
+    monkeypatch.setattr(fp8, "PIECE", piece)
+    raw = torch.arange(256, dtype=torch.uint8).repeat(12).view(3, 1024)
+    raw[1:, 127::128] = 0
+    codes = raw.view(torch.float8_e4m3fn)
+    for each in (codes, codes.T, codes[:, 5:700], codes[:0]):
+        expected = each.float().contiguous()
+        weight = dequantise(each, torch.ones(scale_shape(tuple(each.shape))))
+        assert torch.equal(weight.isnan(), expected.isnan())
+        is_number = ~expected.isnan()
+        bits = [value[is_number].view(torch.int32) for value in (weight, expected)]
+        assert torch.equal(*bits)
 
 
 @given(

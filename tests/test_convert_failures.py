@@ -219,7 +219,7 @@ def test_pools_without_a_common_divisor(tmp_path: Path) -> None:
 
 
 def test_other_options(source: Path) -> None:
-    refused(source, "dtype: 'int8' must be 'auto' or one of bfloat16", dtype="int8")
+    refused(source, "dtype: 'int8' must be one of auto, bfloat16, .*, fp8", dtype="int8")
     refused(source, "pool: 'round' must be 'auto' or one of prefix", pool="round")
     refused(
         source,

@@ -1,174 +1,25 @@
-"""The traps of checkpoint formats: FP8 blocks, fp32 biases, multi-token prediction, copies."""
+"""The traps of checkpoint formats: fp32 biases, multi-token prediction, copies; FP8 has its own."""
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from fp8_world import assert_is_permuted, store
 from helpers import mtp_model
 from safetensors.torch import save_file
 from source_world import (
-    BASE,
-    LATENT,
     in_half_precision,
     logits_of,
     make_source,
-    randomise,
     read_folder,
     text,
     unseen,
 )
-from torch import Tensor
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import DeepseekV3ForCausalLM
 
 from dvpa.checkpoint import convert_checkpoint, export_tier
-from dvpa.checkpoint.fp8 import quantise
 from dvpa.model import DvpaForCausalLM
-
-QUANTIZATION = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "weight_block_size": [128, 128],
-}
-
-PLAIN = {"quantization_config": None, "dtype": "float32"}
-
-
-def is_quantised(name: str) -> bool:
-    return name.endswith("proj.weight") or name.endswith("proj_with_mqa.weight")
-
-
-def store(
-    folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], shards: int = 1
-) -> None:
-    """A checkpoint folder; tensors are dealt out to the shards in turn."""
-    folder.mkdir(parents=True)
-    dealt: list[dict[str, Tensor]] = [{} for _ in range(shards)]
-    for i, (name, tensor) in enumerate(tensors.items()):
-        dealt[i % shards][name] = tensor.contiguous()
-    weight_map = {}
-    for i, part in enumerate(dealt):
-        file = f"model-{i + 1:05}-of-{shards:06}.safetensors"
-        save_file(part, folder / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(part, file))
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def by_hand(codes: Tensor, scale: Tensor) -> Tensor:
-    """Every element times the scale of its 128 x 128 block, rounded to bf16."""
-    rows = torch.arange(codes.shape[0]) // 128
-    columns = torch.arange(codes.shape[1]) // 128
-    return (codes.float() * scale[rows][:, columns]).bfloat16()
-
-
-@pytest.fixture(scope="module")
-def fp8_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """DeepSeek-V3's own shape of `kv_a_proj_with_mqa`, 576 rows: four blocks and a half."""
-    folder = tmp_path_factory.mktemp("fp8") / "source"
-    config = DeepseekV3Config(
-        **{
-            **BASE,
-            **LATENT,
-            "num_hidden_layers": 2,
-            "hidden_size": 160,
-            "moe_intermediate_size": 16,
-            "n_routed_experts": 8,
-            "num_experts_per_tok": 2,
-            "kv_lora_rank": 512,
-            "qk_rope_head_dim": 64,
-            "n_group": 2,
-            "topk_group": 1,
-            "first_k_dense_replace": 1,
-        }
-    )
-    torch.manual_seed(0)
-    randomise(DeepseekV3ForCausalLM(config)).save_pretrained(folder.parent / "made")
-    in_half_precision(folder.parent / "made", folder.parent / "plain")
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in read_folder(folder.parent / "plain").items():
-        if is_quantised(name):
-            codes, scale = quantise(tensor)
-            tensors |= {name: codes, f"{name}_scale_inv": scale}
-        else:
-            tensors[name] = tensor
-    data = {**json.loads((folder.parent / "plain" / "config.json").read_text())}
-    store(folder, tensors, {**data, "quantization_config": QUANTIZATION}, shards=3)
-    return folder
-
-
-def test_fp8_is_taken_in_as_bf16(fp8_source: Path, tmp_path: Path) -> None:
-    """Scales are multiplied, over blocks of 128 with a smaller last one, from whatever shard."""
-    theirs = read_folder(fp8_source)
-    index = json.loads((fp8_source / "model.safetensors.index.json").read_text())["weight_map"]
-    kv = "model.layers.1.self_attn.kv_a_proj_with_mqa.weight"
-    assert theirs[kv].shape == (576, 160)
-    assert theirs[f"{kv}_scale_inv"].shape == (5, 2)
-    assert index[kv] != index[f"{kv}_scale_inv"]
-    report = convert_checkpoint(fp8_source, tmp_path / "out", text(), pool="prefix")
-    ours = read_folder(tmp_path / "out")
-    plain = {
-        name: by_hand(tensor, theirs[f"{name}_scale_inv"]) if is_quantised(name) else tensor
-        for name, tensor in theirs.items()
-        if not name.endswith("_scale_inv")
-    }
-    assert_is_permuted(ours, plain, report.expert_order)
-    state = {name: tensor.float() for name, tensor in plain.items()}
-    store(tmp_path / "plain", state, json.loads((fp8_source / "config.json").read_text()) | PLAIN)
-    reference = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "plain").eval()
-    model = DvpaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-    expected = logits_of(reference, unseen())
-    difference = (logits_of(model, unseen(), tiers="top") - expected).abs().max()
-    assert difference <= 1e-5 * expected.abs().max()
-    export_tier(tmp_path / "out", "top", tmp_path / "again", dtype="fp8")
-    again = read_folder(tmp_path / "again")
-    assert again.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        is_router = name.endswith("gate.weight")  # Transformers has stored it in fp32
-        assert again[name].dtype == (torch.bfloat16 if is_router else tensor.dtype), name
-        if not is_quantised(name):
-            continue
-        moved = name
-        if ".experts." in name:
-            layer, expert = name.split(".")[2], int(name.split(".")[5])
-            place = report.expert_order[layer].index(expert)
-            moved = name.replace(f".experts.{expert}.", f".experts.{place}.")
-        assert torch.equal(again[moved].view(torch.uint8), tensor.view(torch.uint8)), name
-        scales = (again[f"{moved}_scale_inv"], theirs[f"{name}_scale_inv"])
-        torch.testing.assert_close(*scales, rtol=2**-8, atol=0)
-    assert (
-        json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
-        == QUANTIZATION
-    )
-
-
-def assert_is_permuted(
-    ours: dict[str, Tensor], theirs: dict[str, Tensor], orders: dict[str, list[int]]
-) -> None:
-    """Every tensor of theirs is in ours, bit for bit, experts in their recorded order."""
-    left = set(ours)
-    for name, tensor in theirs.items():
-        if ".mlp." in name:
-            layer = name.split(".")[2]
-        if ".experts." in name:
-            expert = int(name.split(".")[5])
-            place = orders[layer].index(expert)
-            name = name.replace(f".experts.{expert}.", f".experts.{place}.")
-        elif name.endswith("mlp.gate.weight"):
-            tensor = tensor[orders[layer]]
-        elif name.endswith("e_score_correction_bias"):
-            name = name.replace("e_score_correction_bias", "tier_bias")
-            for row in ours[name]:
-                assert torch.equal(row, tensor[orders[layer]])
-            left.remove(name)
-            continue
-        assert ours[name].dtype == tensor.dtype, name
-        assert torch.equal(ours[name], tensor), name
-        left.remove(name)
-    assert not left
 
 
 @pytest.mark.parametrize("pool", ["prefix", "striped"])

@@ -24,6 +24,7 @@ RANKS = {
     "dvpa.validation": -1,
     "dvpa.architecture": 0,
     "dvpa.command_line": 0,
+    "dvpa.fp8": 0,
     "dvpa.config": 0.5,
     "dvpa.pricing": 1,
     "dvpa.tasks": 1,

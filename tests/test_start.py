@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from fp8_world import KV, edit_config, make_fp8_source
 from helpers import YARN, mtp_model, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dvpa.checkpoint import convert_checkpoint
 from dvpa.config import DvpaConfig, load_model_config
 from dvpa.model import DvpaForCausalLM
 from dvpa_train import draws
@@ -147,6 +149,34 @@ def test_only_the_slice_is_taken(tmp_path: Path) -> None:
     part = Slice(torch.empty(20, 32), (64, 32), index, False)
     Stored(tmp_path).fill({"lm_head.weight": part})
     assert torch.equal(part.local, state["lm_head.weight"][index])
+
+
+def test_fp8_weights_are_dequantised(tmp_path: Path) -> None:
+    """Whole, and slices that begin and end inside blocks."""
+    source = make_fp8_source(tmp_path / "source")
+    convert_checkpoint(source, tmp_path / "dvpa", None)
+    state = DvpaForCausalLM.from_pretrained(tmp_path / "dvpa", dtype=torch.float32).state_dict()
+    stored = Stored(tmp_path / "dvpa")
+    assert stored.describe() == f"reads {tmp_path / 'dvpa'}, 40 weights from FP8"
+    slices = empty_slices(DvpaConfig.from_pretrained(tmp_path / "dvpa"))
+    stored.fill(slices)
+    check_same(slices, state)
+    for rows, columns in ((slice(100, 550), slice(127, 129)), (slice(512, 576), slice(0, 160))):
+        part = Slice(
+            torch.empty(state[KV][rows, columns].shape), (576, 160), (rows, columns), False
+        )
+        stored.fill({KV: part})
+        assert torch.equal(part.local, state[KV][rows, columns])
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    grouped = state[name].unflatten(0, (2, 4))
+    for rows in (slice(0, 130), slice(130, 160), slice(144, 288)):
+        index = (slice(0, 2), slice(1, 3), rows, slice(120, 140))
+        part = Slice(torch.empty(grouped[index].shape), tuple(grouped.shape), index, True)
+        stored.fill({name: part})
+        assert torch.equal(part.local, grouped[index]), rows
+    edit_config(tmp_path / "dvpa", quantization_config=None)
+    with pytest.raises(ValueError, match=r"FP8, but config\.json says nothing of it"):
+        Stored(tmp_path / "dvpa")
 
 
 def test_a_checkpoint_with_a_hole_is_refused_before_anything_is_read(tmp_path: Path) -> None:

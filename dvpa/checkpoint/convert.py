@@ -28,6 +28,14 @@ from dvpa.checkpoint.importance import (
     super_experts,
     tier_losses,
 )
+from dvpa.checkpoint.number_format import (
+    FORMATS,
+    FormatCounts,
+    Fp8,
+    count_formats,
+    stored_as,
+    write_weight,
+)
 from dvpa.checkpoint.pools import TierWish, as_mapping, default_tiers, order_experts, tier_fields
 from dvpa.checkpoint.shards import (
     DEFAULT_SHARD_BYTES,
@@ -38,9 +46,9 @@ from dvpa.checkpoint.shards import (
     staged_folder,
     write_json,
 )
-from dvpa.checkpoint.source import Source, open_source
-from dvpa.checkpoint.tier_plan import STORED
-from dvpa.config import DvpaConfig
+from dvpa.checkpoint.source import EMBEDDING, Source, open_source
+from dvpa.config import FP8_QUANTIZATION, DvpaConfig
+from dvpa.fp8 import CODES
 from dvpa.model.causal_lm import TIER_MAP_FILE
 from dvpa.model.standalone import AUTO_MAP, write_standalone
 from dvpa.model.tensor_names import ROUTER_WEIGHT, TIER_BIAS, expert_index, tensor_shapes
@@ -82,6 +90,8 @@ class ConversionReport:
         unpinned: those of them that the base pool has no room for.
         never_chosen: experts without a single token, over all layers.
         left_out: tensors that were not taken over, by reason.
+        formats: weights that were FP8 and are so bit for bit (`kept_fp8`), that became FP8, and
+            that were FP8 and are so no longer; scales are not counted.
         num_tensors, num_bytes: what was written.
     """
 
@@ -99,6 +109,7 @@ class ConversionReport:
     unpinned: list[tuple[int, int]]
     never_chosen: int
     left_out: dict[str, int]
+    formats: FormatCounts
     num_tensors: int
     num_bytes: int
 
@@ -127,7 +138,8 @@ def convert_checkpoint(
         text: what experts are measured on; None keeps their order.
         tiers: base first; default `default_tiers`.
         pool: "prefix", "striped", or "auto": the kind whose lower tiers lose less on the text.
-        dtype: of the new weights: "auto" (as they are) or a key of `STORED`.
+        dtype: of the new weights, one of `FORMATS`: "auto" as they are, FP8 to the bit; "fp8" for
+            matrices of attention and MLPs as DeepSeek-V3 stores them, the others bf16.
         drop_mtp: leave the multi-token prediction module out.
         shard_bytes: at most so many bytes of tensors in a file.
         progress: told what is being done.
@@ -136,8 +148,8 @@ def convert_checkpoint(
         FileNotFoundError: no checkpoint there, or a shard is missing.
         ValueError: what `open_source` refuses; tiers that do not fit; `out` not empty.
     """
-    if dtype != "auto" and dtype not in STORED:
-        raise ValueError(f"dtype: {dtype!r} must be 'auto' or one of {', '.join(STORED)}")
+    if dtype not in FORMATS:
+        raise ValueError(f"dtype: {dtype!r} must be one of {', '.join(FORMATS)}")
     opened = open_source(source, drop_mtp)
     wishes = list(tiers) if tiers is not None else default_tiers(opened.config)
     configs, not_possible = _configs(opened, wishes, pool, text is not None)
@@ -181,6 +193,7 @@ def convert_checkpoint(
             if measured
             else 0,
             left_out=_count(opened.left_out.values()),
+            formats=count_formats((opened.stored(n), plan[n]) for n in tensor_shapes(config)),
             num_tensors=len(plan),
             num_bytes=sum(info.num_bytes for info in plan.values()),
         )
@@ -247,12 +260,9 @@ def _plan(source: Source, config: DvpaConfig, dtype: str) -> dict[str, TensorInf
     """What to write, in order."""
     plan = {}
     for name, shape in tensor_shapes(config).items():
-        code = source.info(name).dtype
-        if name.endswith(TIER_BIAS):
-            code = "F32"
-        elif dtype != "auto":
-            code = STORED[dtype]
-        plan[name] = TensorInfo(code, shape)
+        # A router's rows change places, which FP8 blocks cannot.
+        stored = source.info(name) if name.endswith(ROUTER_WEIGHT) else source.stored(name)
+        plan.update(stored_as(name, name, TensorInfo(stored.dtype, shape), dtype))
     return plan
 
 
@@ -267,22 +277,26 @@ def _write(
 ) -> None:
     """Fill the new folder."""
     with ShardWriter(folder, plan, shard_bytes, progress) as writer:
-        for name, info in plan.items():
-            tensor = _moved(source, config, orders, name)
-            writer.write(name, tensor.to(DTYPES[info.dtype]))
+        for name in tensor_shapes(config):
+            weight = _moved(source, config, orders, name)
+            write_weight(writer, name, plan[name], weight, f"{source.folder}: {name}")
     for path in sorted(source.folder.iterdir()):
         if path.name in COPIED_FILES.split() or path.name.startswith("LICENSE"):
             copy_file(path, folder)
-    weights = next(info.dtype for name, info in plan.items() if not name.endswith(TIER_BIAS))
     config.architectures, config.auto_map = ["DvpaForCausalLM"], dict(AUTO_MAP)
-    config.dtype = DTYPES[weights]
-    write_json(folder / "config.json", config.to_dict())
+    is_fp8 = any(info.dtype == CODES for info in plan.values())
+    quantization = {"quantization_config": dict(FP8_QUANTIZATION)} if is_fp8 else {}
+    embedding = plan[EMBEDDING].dtype
+    config.dtype = torch.bfloat16 if embedding == CODES else DTYPES[embedding]
+    write_json(folder / "config.json", {**config.to_dict(), **quantization})
     costs = [float(tier.activated_params) for tier in price(config).tiers]
     TierMap.untrained(config.tier_names, costs).save(folder / TIER_MAP_FILE)
     write_standalone(folder)
 
 
-def _moved(source: Source, config: DvpaConfig, orders: dict[int, Tensor], name: str) -> Tensor:
+def _moved(
+    source: Source, config: DvpaConfig, orders: dict[int, Tensor], name: str
+) -> Tensor | Fp8:
     """A tensor of the new checkpoint."""
     if name.endswith((ROUTER_WEIGHT, TIER_BIAS)):
         order_E = orders[int(name.split(".")[2])]
@@ -291,9 +305,9 @@ def _moved(source: Source, config: DvpaConfig, orders: dict[int, Tensor], name: 
         return source.read(name)[order_E]
     expert = expert_index(name)
     if expert is None:
-        return source.read(name)
+        return source.read_stored(name)
     moved = int(orders[int(name.split(".")[2])][expert])
-    return source.read(name.replace(f".experts.{expert}.", f".experts.{moved}."))
+    return source.read_stored(name.replace(f".experts.{expert}.", f".experts.{moved}."))
 
 
 def _tiers(config: DvpaConfig, losses: Sequence[float] | None) -> list[ConvertedTier]:

@@ -21,6 +21,15 @@ from torch import Tensor
 
 from dvpa.checkpoint import fp8
 from dvpa.checkpoint.formats import Format, find_format
+from dvpa.checkpoint.number_format import (
+    FORMATS,
+    Fp8,
+    check_format,
+    count_formats,
+    fp8_names,
+    read_weight,
+    write_weight,
+)
 from dvpa.checkpoint.shards import (
     DEFAULT_SHARD_BYTES,
     DTYPES,
@@ -32,8 +41,8 @@ from dvpa.checkpoint.shards import (
     write_json,
 )
 from dvpa.checkpoint.source import EMBEDDING
-from dvpa.checkpoint.tier_plan import EXPORTED, Part, exported_order, is_mtp, plan_tier
-from dvpa.config import DvpaConfig
+from dvpa.checkpoint.tier_plan import Part, exported_order, is_mtp, plan_tier
+from dvpa.config import FP8_QUANTIZATION, DvpaConfig
 from dvpa.model.tensor_names import (
     ROUTER_WEIGHT,
     TIER_BIAS,
@@ -41,7 +50,6 @@ from dvpa.model.tensor_names import (
     tensor_shapes,
 )
 
-READABLE = ("F64", "F32", "F16", "BF16")
 COPIED_FILES = """
 tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json
 vocab.json merges.txt chat_template.jinja generation_config.json
@@ -53,7 +61,8 @@ class ExportReport:
     """What an export did: tensors copied whole, cut, and left out; `num_bytes` of tensor data.
 
     `model_type` is the family whose format it is in; `is_in_transformers`: Transformers has a class
-    for it. `quantised` of the copied have become FP8.
+    for it. `quantised` of the copied have become FP8, `dequantised` were FP8 and are so no longer,
+    `kept_fp8` were and are, bit for bit; their scales are not counted as tensors.
     `dropped_mtp` of those left out are a multi-token prediction module that was not kept. Where it
     is kept, the copies of embedding and head that V3 stores with it count as copied.
     """
@@ -64,6 +73,8 @@ class ExportReport:
     copied: int
     sliced: int
     quantised: int
+    dequantised: int
+    kept_fp8: int
     dropped: int
     dropped_mtp: int
     num_bytes: int
@@ -100,9 +111,9 @@ def export_tier(
 
     `out` appears complete or not at all; memory holds one tensor at a time. `keep_mtp` keeps the
     multi-token prediction module, as V3 stores it, cut to the tier like any other layer. `dtype` is
-    one of `EXPORTED`: "auto" leaves weights as they are, "fp8" stores attention and MLP matrices in
-    128 x 128 blocks of E4M3, as DeepSeek-V3 does, and the others as bf16. `progress` is told how
-    far it is.
+    one of `FORMATS`: "auto" leaves weights as they are, "fp8" stores attention and MLP matrices in
+    128 x 128 blocks of E4M3, as DeepSeek-V3 does, and the others as bf16; what is FP8 already stays
+    so to the bit in both. `progress` is told how far it is.
 
     Raises:
         FileNotFoundError: no checkpoint there, or a shard is missing.
@@ -112,8 +123,8 @@ def export_tier(
             a corrupt shard or config.
     """
     checkpoint, out = Path(checkpoint), Path(out)
-    if dtype not in EXPORTED:
-        raise ValueError(f"dtype: {dtype!r} must be one of {', '.join(EXPORTED)}")
+    if dtype not in FORMATS:
+        raise ValueError(f"dtype: {dtype!r} must be one of {', '.join(FORMATS)}")
     config = read_config(checkpoint)
     tier = config.tier_index(tier)
     style = find_format(config, tier)
@@ -152,7 +163,7 @@ def list_tiers(checkpoint: Path | str) -> list[TierSize]:
         try:
             style = find_format(config, tier)
             model_type = style.family.model_type
-            for dtype in EXPORTED:
+            for dtype in FORMATS:
                 plan = plan_tier(config, tier, reader.tensors, False, style, dtype)
                 num_bytes[dtype] = sum(part.info.num_bytes for part in plan.values())
         except ValueError as error:
@@ -202,13 +213,10 @@ def _check(checkpoint: Path, config: DvpaConfig, tensors: Mapping[str, TensorInf
             raise ValueError(f"{checkpoint}: {name}: missing")
         if tensors[name].shape != shape:
             raise ValueError(f"{checkpoint}: {name}: shape {tensors[name].shape}, expected {shape}")
-        if tensors[name].dtype not in READABLE:
-            raise ValueError(
-                f"{checkpoint}: {name}: dtype {tensors[name].dtype} must be one of "
-                f"{', '.join(READABLE)}"
-            )
+        check_format(checkpoint, name, tensors, config.has_fp8_weights)
+    coded = fp8_names(tensors)
     for name in tensors:
-        if name not in expected:
+        if name not in expected and not fp8.is_scale(name, coded):
             raise ValueError(f"{checkpoint}: {name}: unknown tensor")
 
 
@@ -229,27 +237,18 @@ def _write(
     tier: int,
     plan: Mapping[str, Part],
 ) -> None:
-    scales: Tensor | None = None
     for name, part in plan.items():
-        if scales is not None:
-            writer.write(name, scales)
-            scales = None
-            continue
-        tensor = _part(reader, config, tier, part.source)
-        if part.info.dtype == "F8_E4M3":
-            try:
-                tensor, scales = fp8.quantise(tensor)
-            except ValueError as error:
-                raise ValueError(f"{reader.folder}: {part.source}: {error}") from error
-        writer.write(name, tensor.to(DTYPES[part.info.dtype]))
+        if not name.endswith(fp8.SCALE_SUFFIX):  # written with its weight
+            weight = _part(reader, config, tier, part.source)
+            write_weight(writer, name, part.info, weight, f"{reader.folder}: {part.source}")
 
 
-def _part(reader: ShardReader, config: DvpaConfig, tier: int, source: str) -> Tensor:
+def _part(reader: ShardReader, config: DvpaConfig, tier: int, source: str) -> Tensor | Fp8:
     """The part of a tensor that the tier keeps, its experts in the order of the export."""
     if source.endswith(TIER_BIAS):
         return _bias(reader, config, tier, source)
     if not source.endswith(ROUTER_WEIGHT):
-        return reader.read(source)
+        return read_weight(reader, source)
     rows = reader.read(source, (slice(0, config.pool_size(tier)),))
     return rows if config.pool == "prefix" else rows[exported_order(config, tier)]
 
@@ -268,12 +267,7 @@ def _config(
     written = style.config(config, tier, keep_mtp)
     written["dtype"] = str(DTYPES[plan[EMBEDDING].info.dtype]).removeprefix("torch.")
     if any(part.info.dtype == "F8_E4M3" for part in plan.values()):
-        written["quantization_config"] = {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "quant_method": "fp8",
-            "weight_block_size": [fp8.BLOCK, fp8.BLOCK],
-        }
+        written["quantization_config"] = dict(FP8_QUANTIZATION)
         if not style.has_bias:  # others than V3's classes make linear layers of these, too
             kept = [name.removesuffix(".weight") for name in plan if name.endswith("gate.weight")]
             written["quantization_config"]["modules_to_not_convert"] = ["lm_head", *kept]
@@ -289,17 +283,21 @@ def _report(
     keep_mtp: bool,
 ) -> ExportReport:
     tensors = reader.tensors
-    scales = [name for name in plan if name.endswith(fp8.SCALE_SUFFIX)]
-    whole = {name: part for name, part in plan.items() if name not in scales}
-    sliced = sum(part.info.shape != tensors[part.source].shape for part in whole.values())
-    dropped = tensors.keys() - {part.source for part in plan.values()}
+    whole = [part for name, part in plan.items() if not name.endswith(fp8.SCALE_SUFFIX)]
+    formats = count_formats((tensors[part.source], part.info) for part in whole)
+    sliced = sum(part.info.shape != tensors[part.source].shape for part in whole)
+    coded = fp8_names(tensors)
+    dropped = {name for name in tensors if not fp8.is_scale(name, coded)}
+    dropped -= {part.source for part in whole}
     return ExportReport(
         tier=tier,
         tier_name=config.tier_names[tier],
         model_type=style.family.model_type,
         copied=len(whole) - sliced,
         sliced=sliced,
-        quantised=len(scales),
+        quantised=formats.quantised,
+        dequantised=formats.dequantised,
+        kept_fp8=formats.kept_fp8,
         dropped=len(dropped),
         dropped_mtp=0 if keep_mtp else sum(is_mtp(config, name) for name in dropped),
         num_bytes=sum(part.info.num_bytes for part in plan.values()),

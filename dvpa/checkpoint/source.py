@@ -2,7 +2,7 @@
 
 Every tensor of the folder is accounted for before anything is read: what a model of this config
 needs is there in the right shape, and nothing else is, but for what `Source` lists in `left_out`.
-Block-scaled FP8 (DeepSeek-V3, R1) is read as bf16.
+Block-scaled FP8 (DeepSeek-V3, R1) is read as it is stored, or as bf16.
 """
 
 import json
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from dvpa.checkpoint import fp8
 from dvpa.checkpoint.families import Family, Fields, find_family, read_fields
+from dvpa.checkpoint.number_format import Fp8, check_fp8, read_weight
 from dvpa.checkpoint.shards import DTYPES, ShardReader, TensorInfo
-from dvpa.config import DvpaConfig
+from dvpa.config import DvpaConfig, has_fp8_blocks
 from dvpa.model.tensor_names import TIER_BIAS, Shape, mtp_prefix, tensor_shapes
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-CODES = "F8_E4M3"
 ROTARY = ".rotary_emb.inv_freq"  # older checkpoints store what follows from the config
 
 
@@ -43,16 +43,20 @@ class Source:
     reader: ShardReader
     left_out: dict[str, str] = field(default_factory=dict)
 
-    def info(self, name: str) -> TensorInfo:
-        """Dtype and shape of a tensor of ours, as `read` gives it."""
+    def stored(self, name: str) -> TensorInfo:
+        """Dtype and shape of a tensor of ours, as it is stored: `read_stored`."""
         theirs = self.family.name_of(name)
         if name.endswith(TIER_BIAS):
             return TensorInfo("F32", (1, self.config.n_routed_experts))
         assert theirs is not None
-        info = self.reader.tensors[theirs]
-        return TensorInfo("BF16", info.shape) if info.dtype == CODES else info
+        return self.reader.tensors[theirs]
 
-    def read(self, name: str) -> Tensor:
+    def info(self, name: str) -> TensorInfo:
+        """The same, as `read` gives it."""
+        info = self.stored(name)
+        return TensorInfo("BF16", info.shape) if info.dtype == fp8.CODES else info
+
+    def read_stored(self, name: str) -> Tensor | Fp8:
         """A tensor of ours; the selection bias as [1, E] in fp32, zero where there is none.
 
         Raises:
@@ -61,11 +65,17 @@ class Source:
         theirs = self.family.name_of(name)
         if theirs is None:
             return torch.zeros(1, self.config.n_routed_experts)
-        tensor = self.reader.read(theirs)
-        if tensor.dtype == fp8.DTYPE:
-            scale = self.reader.read(theirs + fp8.SCALE_SUFFIX)
-            return fp8.dequantise(tensor, scale, torch.bfloat16)
-        return tensor[None].float() if name.endswith(TIER_BIAS) else tensor
+        weight = read_weight(self.reader, theirs)
+        if isinstance(weight, Tensor) and name.endswith(TIER_BIAS):
+            return weight[None].float()
+        return weight
+
+    def read(self, name: str) -> Tensor:
+        """The same, FP8 dequantised to bf16."""
+        weight = self.read_stored(name)
+        if isinstance(weight, Fp8):
+            return fp8.dequantise(weight.codes, weight.scale_inv, torch.bfloat16)
+        return weight
 
 
 def open_source(folder: Path | str, drop_mtp: bool = False) -> Source:
@@ -84,7 +94,7 @@ def open_source(folder: Path | str, drop_mtp: bool = False) -> Source:
     try:
         family = find_family(data)
         fields = read_fields(family, data)
-        has_blocks = _has_fp8_blocks(data)
+        has_blocks = has_fp8_blocks(data.get("quantization_config"))
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     reader = ShardReader(folder)
@@ -98,12 +108,9 @@ def open_source(folder: Path | str, drop_mtp: bool = False) -> Source:
     known = set(left_out)
     for name, shape in _needed(source):
         known.add(name)
-        _check_tensor(source, name, shape)
-        if reader.tensors[name].dtype == CODES:
-            if not has_blocks:
-                raise ValueError(f"{folder}: {name}: FP8, but config.json says nothing of it")
+        _check_tensor(source, name, shape, has_blocks)
+        if reader.tensors[name].dtype == fp8.CODES:
             known.add(name + fp8.SCALE_SUFFIX)
-            _check_scale(source, name)
     copies = dict(_copies(source))
     for name in reader.tensors:
         if name in known:
@@ -129,23 +136,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{path}: must hold a mapping")
     return data
-
-
-def _has_fp8_blocks(data: dict[str, Any]) -> bool:
-    """Whether weights are FP8 in blocks, as DeepSeek-V3's are.
-
-    Raises:
-        ValueError: they are in another number format.
-    """
-    quantization = data.get("quantization_config")
-    if quantization is None:
-        return False
-    expected = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [fp8.BLOCK, fp8.BLOCK]}
-    for key, wanted in expected.items():
-        given = quantization.get(key, wanted if key == "fmt" else None)
-        if given != wanted:
-            raise ValueError(f"quantization_config.{key}: {given!r} must be {wanted!r}")
-    return True
 
 
 def _settle_mtp(
@@ -186,8 +176,8 @@ def _copies(source: Source) -> Iterator[tuple[str, str]]:
         yield f"{mtp_prefix(config)}shared_head.head.weight", head
 
 
-def _check_tensor(source: Source, name: str, shape: Shape) -> None:
-    """Their tensor `name` is there, and fits."""
+def _check_tensor(source: Source, name: str, shape: Shape, has_blocks: bool) -> None:
+    """Their tensor `name` is there, and fits; so do its scales, if it is FP8."""
     info = source.reader.tensors.get(name)
     if info is None:
         raise ValueError(f"{source.folder}: {name}: missing")
@@ -195,19 +185,7 @@ def _check_tensor(source: Source, name: str, shape: Shape) -> None:
         raise ValueError(f"{source.folder}: {name}: shape {info.shape}, expected {shape}")
     if not DTYPES[info.dtype].is_floating_point:
         raise ValueError(f"{source.folder}: {name}: dtype {info.dtype} is not a float's")
-
-
-def _check_scale(source: Source, name: str) -> None:
-    """The scales of an FP8 tensor are there, and fit."""
-    scale, shape = name + fp8.SCALE_SUFFIX, source.reader.tensors[name].shape
-    info = source.reader.tensors.get(scale)
-    if info is None:
-        raise ValueError(f"{source.folder}: {scale}: missing")
-    if info != TensorInfo("F32", fp8.scale_shape(shape)):
-        raise ValueError(
-            f"{source.folder}: {scale}: {info.dtype} {info.shape}, expected F32 "
-            f"{fp8.scale_shape(shape)}"
-        )
+    check_fp8(source.folder, name, source.reader.tensors, has_blocks)
 
 
 def _check_copy(source: Source, name: str, original: str) -> None:

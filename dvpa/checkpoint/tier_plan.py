@@ -1,10 +1,10 @@
 """Which tensors an exported tier has, under which names, and what of ours each one comes from."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dvpa.checkpoint import fp8
 from dvpa.checkpoint.formats import Format
+from dvpa.checkpoint.number_format import stored_as
 from dvpa.checkpoint.shards import TensorInfo
 from dvpa.checkpoint.source import EMBEDDING, HEAD
 from dvpa.config import DvpaConfig
@@ -16,9 +16,6 @@ from dvpa.model.tensor_names import (
     mtp_prefix,
     tensor_shapes,
 )
-
-STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-EXPORTED = ("auto", *STORED, "fp8")
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ def plan_tier(
         tensors: the checkpoint's.
         keep_mtp: with the multi-token prediction module, and the copies that V3 stores with it.
         style: the format to write.
-        dtype: one of `EXPORTED`.
+        dtype: one of `FORMATS`.
     """
     number_of = {expert: number for number, expert in enumerate(exported_order(config, tier))}
     plan: dict[str, Part] = {}
@@ -92,21 +89,10 @@ def _cut(config: DvpaConfig, tier: int, source: str, info: TensorInfo) -> Tensor
     return info
 
 
-def _stored(name: str, source: str, info: TensorInfo, dtype: str) -> Iterator[tuple[str, Part]]:
-    """A tensor as it is stored; in FP8 those that V3 stores so, each with its scales."""
-    if source.endswith(TIER_BIAS) or dtype == "auto":
-        yield name, Part(info, source)
-    elif dtype == "fp8" and _is_quantised(source):
-        yield name, Part(TensorInfo("F8_E4M3", info.shape), source)
-        scales = TensorInfo("F32", fp8.scale_shape(info.shape))
-        yield name + fp8.SCALE_SUFFIX, Part(scales, source)
-    else:
-        yield name, Part(TensorInfo(STORED.get(dtype, "BF16"), info.shape), source)
-
-
-def _is_quantised(source: str) -> bool:
-    """Matrices of attention and MLPs: not embedding, head, router, nor `eh_proj`."""
-    return source.endswith(("_proj.weight", "_proj_with_mqa.weight")) and ".eh_proj." not in source
+def _stored(name: str, source: str, info: TensorInfo, dtype: str) -> dict[str, Part]:
+    """A tensor as it is stored; in FP8 with its scales, which come from the same of ours."""
+    written = stored_as(name, source, info, dtype)
+    return {each: Part(info, source) for each, info in written.items()}
 
 
 def is_mtp(config: DvpaConfig, name: str) -> bool:

@@ -13,6 +13,7 @@ Letters: T tokens, D hidden, E routed experts, G groups, F expert width, K slots
 index of E: empty), R rows (filled slots).
 """
 
+import logging
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -29,6 +30,7 @@ from dvpa.model import DvpaForCausalLM
 from dvpa.ops import expert_mlp
 
 __all__ = ["ExpertStore", "GroupUnavailable", "ResidencyStats", "count_slots", "load_resident"]
+logger = logging.getLogger(__name__)
 
 
 def load_resident(
@@ -42,8 +44,9 @@ def load_resident(
     """A checkpoint whose weights never take more than `max_resident_bytes` on `device`.
 
     The bound is on weights: activations, the cache of keys and values and the staging buffers
-    (64 KiB for each of two threads; 4 MiB, pinned, for a GPU) come on top. `drop_page_cache` has
-    the kernel forget what was read, for containers whose limit counts that.
+    (64 KiB for each of two threads; 4 MiB, pinned, for a GPU) come on top, and while FP8 is
+    dequantised four times as much. FP8 counts as `dtype`, which it is in memory. `drop_page_cache`
+    has the kernel forget what was read, for containers whose limit counts that.
 
     Returns:
         The model in eval mode, its stacked experts on `meta`, and the store to compute them with.
@@ -58,6 +61,13 @@ def load_resident(
     config.num_nextn_predict_layers = 0  # such a module is checked, and stays on the disk
     slots = count_slots(config, dtype, max_resident_bytes)
     weights = WeightFiles(folder, stored, device, drop_page_cache)
+    if num_fp8 := weights.count_fp8(config):
+        logger.warning(
+            "%s: %d weights dequantised from FP8 to %s whenever they are read",
+            folder,
+            num_fp8,
+            str(dtype).removeprefix("torch."),
+        )
     try:
         model = load_without_experts(config, weights, dtype, device)
         return model, ExpertStore(config, weights, slots, dtype=dtype, device=device)

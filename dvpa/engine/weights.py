@@ -2,7 +2,7 @@
 
 Nothing is mapped: a mapping grows with every page touched and counts as resident, so a bound on
 memory would not hold. `pread` fills the destination itself where dtype and device allow, else it
-goes through one small buffer.
+goes through one small buffer; so does FP8, see `fp8_bands`.
 
 Left out on purpose: checksums. The format has none, so bits that flip in a file without changing
 its size or modification time are not noticed.
@@ -10,6 +10,7 @@ its size or modification time are not noticed.
 
 import os
 import threading
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -17,8 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from dvpa.checkpoint import ShardReader
+from dvpa.checkpoint.number_format import check_format, fp8_names
 from dvpa.checkpoint.shards import DTYPES
 from dvpa.config import DvpaConfig
+from dvpa.engine.fp8_bands import read_bands
+from dvpa.fp8 import CODES, SCALE_SUFFIX, is_scale
 from dvpa.model import DvpaForCausalLM
 from dvpa.model.causal_lm import TIER_MAP_FILE
 from dvpa.model.decoder import DvpaRotaryEmbedding
@@ -71,38 +75,64 @@ class WeightFiles:
             descriptor = os.open(path, os.O_RDONLY)
             self._files[path] = descriptor, _signature(descriptor)
 
+    def count_fp8(self, config: DvpaConfig) -> int:
+        """Weights of a model of `config` that are in FP8, of those whose shards could be read."""
+        return len(fp8_names(self._reader.tensors) & tensor_shapes(config).keys())
+
     def read_into(self, name: str, out: Tensor) -> int:
         """Fill `out` (contiguous, of the tensor's shape) and return the bytes read.
 
-        `out` may have another floating dtype and lie on any device.
+        `out` may have another floating dtype and lie on any device. FP8 is dequantised on the way.
 
         Raises:
             ValueError: the data cannot be read; the message names file and tensor.
         """
-        if name in self._reader.broken:
-            raise ValueError(self._reader.broken[name])
+        for stored in (name, name + SCALE_SUFFIX):
+            if stored in self._reader.broken:
+                raise ValueError(self._reader.broken[stored])
+        if self._reader.tensors[name].dtype == CODES:
+            return self._read_fp8(name, out.detach())
+        dtype = DTYPES[self._reader.tensors[name].dtype]
+        flat = out.detach().view(-1)
+        if dtype == out.dtype and out.device.type == "cpu":
+            self._read(name, 0, flat)
+        else:
+            step = self._buffer.data.numel() // dtype.itemsize
+            for first in range(0, flat.numel(), step):
+                part = flat[first : first + step]
+                staged = self._buffer.data.view(dtype)[: part.numel()]
+                self._read(name, first, staged)
+                part.copy_(staged)  # waits for a GPU: the buffer is filled again at once
+        return self._finish(name)
+
+    def _read_fp8(self, name: str, out: Tensor) -> int:
+        scale = name + SCALE_SUFFIX
+        scale_inv = torch.empty(self._reader.tensors[scale].shape)
+        self._read(scale, 0, scale_inv.view(-1))
+        read_bands(partial(self._read, name), scale_inv, out, self._buffer.data)
+        return self._finish(scale) + self._finish(name)
+
+    def _read(self, name: str, first: int, out: Tensor) -> None:
+        """Fill a flat CPU tensor, of the tensor's dtype, from its number `first` on."""
         path, offset = self._reader.locate(name)
-        info = self._reader.tensors[name]
         try:
             descriptor, signature = self._files[path]
             if _signature(descriptor) != signature:
                 raise OSError("the file has changed since it was opened")
-            dtype = DTYPES[info.dtype]
-            flat = out.detach().view(-1)
-            if dtype == out.dtype and out.device.type == "cpu":
-                _read_exactly(descriptor, offset, flat)
-            else:
-                step = self._buffer.data.numel() // dtype.itemsize
-                for first in range(0, flat.numel(), step):
-                    part = flat[first : first + step]
-                    staged = self._buffer.data.view(dtype)[: part.numel()]
-                    _read_exactly(descriptor, offset + first * dtype.itemsize, staged)
-                    part.copy_(staged)  # waits for a GPU: the buffer is filled again at once
-            if self._drop_page_cache:
-                os.posix_fadvise(descriptor, offset, info.num_bytes, os.POSIX_FADV_DONTNEED)
+            _read_exactly(descriptor, offset + first * out.itemsize, out)
         except OSError as error:
             raise ValueError(f"{path}: {name}: {error}") from error
-        return info.num_bytes
+
+    def _finish(self, name: str) -> int:
+        """After a tensor was read; its bytes."""
+        path, offset = self._reader.locate(name)
+        num_bytes = self._reader.tensors[name].num_bytes
+        if self._drop_page_cache:
+            try:
+                os.posix_fadvise(self._files[path][0], offset, num_bytes, os.POSIX_FADV_DONTNEED)
+            except OSError as error:
+                raise ValueError(f"{path}: {name}: {error}") from error
+        return num_bytes
 
     def close(self) -> None:
         """Close the files; nobody may be reading."""
@@ -128,21 +158,24 @@ def _read_exactly(descriptor: int, offset: int, out: Tensor) -> None:
 def _check(config: DvpaConfig, reader: ShardReader) -> None:
     expected = tensor_shapes(config)
     base_pool = config.pool_size(0)
+    coded = fp8_names(reader.tensors)
     for name, shape in expected.items():
-        if name in reader.broken:
+        stored = (name, name + SCALE_SUFFIX) if name in coded else (name,)
+        broken = [reader.broken[each] for each in stored if each in reader.broken]
+        if broken:
             expert = expert_index(name)
             if expert is None or expert < base_pool:
-                raise ValueError(f"{name}: {reader.broken[name]}")
+                raise ValueError(f"{name}: {broken[0]}")
             continue
         if name not in reader.tensors:
             raise ValueError(f"{reader.folder}: {name}: missing")
         info = reader.tensors[name]
         if info.shape != shape:
             raise ValueError(f"{reader.folder}: {name}: shape {info.shape}, expected {shape}")
-        if not DTYPES[info.dtype].is_floating_point:
-            raise ValueError(f"{reader.folder}: {name}: dtype {info.dtype} is not a float's")
+        check_format(reader.folder, name, reader.tensors, config.has_fp8_weights)
+    weights = coded | reader.broken.keys()  # of which a broken one may have scales elsewhere
     for name in (*reader.tensors, *reader.broken):
-        if name not in expected:
+        if name not in expected and not is_scale(name, weights):
             raise ValueError(f"{reader.folder}: {name}: unknown tensor")
 
 

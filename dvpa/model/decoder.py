@@ -26,6 +26,7 @@ from dvpa.model.attention import DvpaAttention, DvpaRMSNorm
 from dvpa.model.cache_name import CACHE_NAME
 from dvpa.model.difficulty import DifficultyHead
 from dvpa.model.experts import DvpaExperts, DvpaMLP, DvpaMoE
+from dvpa.model.fp8_loading import fp8_weights
 from dvpa.model.grouped_attention import DvpaGroupedAttention
 from dvpa.model.precision import Fp32Buffers
 from dvpa.model.router import NO_TIER, DvpaRouter, Routing, TierPlan
@@ -97,6 +98,33 @@ class DvpaPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = ["tier_bias"]  # noqa: RUF012
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers; FP8 weights are dequantised."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.has_fp8_weights:  # `_load_pretrained_model` is no contract
+            raise ValueError("this version of Transformers took FP8 codes for weights: use another")
+        return loaded
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any,
+        state_dict: Any,
+        checkpoint_files: Any,
+        load_config: Any,
+        *args: Any,
+        **more: Any,
+    ) -> Any:
+        """As in Transformers, but FP8 weights are dequantised while they are read.
+
+        Raises:
+            ValueError: FP8 that cannot be read (naming the tensor), or that is to be used as FP8.
+        """
+        load = PreTrainedModel._load_pretrained_model
+        with fp8_weights(model, state_dict, checkpoint_files, load_config) as tensors:
+            return load(model, tensors, checkpoint_files, load_config, *args, **more)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dvpa.checkpoint.export import read_config
-from dvpa.checkpoint.shards import ShardReader
+from dvpa.checkpoint.number_format import WeightReader, fp8_names
 from dvpa.config import DvpaConfig
 from dvpa.model.loading import find_problem
 from dvpa.pricing import price
@@ -65,7 +65,7 @@ class Drawn:
 
 
 class Stored:
-    """A checkpoint folder; only what a process holds is read.
+    """A checkpoint folder; only what a process holds is read, FP8 dequantised.
 
     Raises:
         FileNotFoundError: no checkpoint there.
@@ -76,7 +76,7 @@ class Stored:
         problem = find_problem(folder, read_config(folder))
         if problem is not None:
             raise ValueError(f"{folder}: {problem}")
-        self.folder, self._reader = folder, ShardReader(folder)
+        self.folder, self._reader = folder, WeightReader(folder)
 
     def read(self, name: str, index: Index) -> Tensor:
         """See `Source`."""
@@ -94,7 +94,8 @@ class Stored:
 
     def describe(self) -> str:
         """See `Origin`."""
-        return f"reads {self.folder}"
+        num_fp8 = len(fp8_names(self._reader.tensors))
+        return f"reads {self.folder}" + f", {num_fp8} weights from FP8" * (num_fp8 > 0)
 
 
 @dataclass(frozen=True)
