@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dvpa.cli_output import console, write_json
+from dvpa.cli_output import console, pointing_to_what_is_left, write_json
 
 if TYPE_CHECKING:
     from dvpa.checkpoint.assembly_report import AssemblyReport
@@ -64,7 +64,7 @@ def assemble(arguments: argparse.Namespace) -> None:
         if arguments.dry_run:
             report = survey_plan(plan, arguments.threads, advance)
         else:
-            with _pointing_to_what_is_left(arguments.out):
+            with pointing_to_what_is_left(arguments.out):
                 compare = not arguments.no_compare
                 report = assemble_plan(plan, arguments.out, arguments.threads, compare, advance)
     if not write_json(arguments.json, report.to_dict()):
@@ -79,22 +79,6 @@ def _named_folders(given: list[str]) -> dict[str, str]:
             raise ValueError(f"--parent: {text!r} must look like NAME=FOLDER")
         folders[name] = folder
     return folders
-
-
-@contextmanager
-def _pointing_to_what_is_left(out: Path) -> Iterator[None]:
-    """After a failure, say that the next run need not start anew."""
-    try:
-        yield
-    except BaseException:
-        staging = out.with_name(f"{out.name}.incomplete")
-        if finished := len(list(staging.glob("*.journal.json"))):
-            print(
-                f"dvpa: note: {staging} keeps {finished} finished shards; the same command goes "
-                "on from there",
-                file=sys.stderr,
-            )
-        raise
 
 
 @contextmanager

@@ -6,7 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dvpa.cli_output import console, count_of, params_of, show_status, write_json
+from dvpa.cli_output import (
+    console,
+    count_of,
+    params_of,
+    pointing_to_what_is_left,
+    show_status,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from dvpa.checkpoint.convert import ConversionReport
@@ -116,7 +123,7 @@ def convert_run(arguments: argparse.Namespace) -> None:
     from dvpa.checkpoint.source import open_source
 
     tiers = None if arguments.tiers is None else parse_tiers(arguments.tiers)
-    with show_status("reading") as progress:
+    with pointing_to_what_is_left(arguments.out), show_status("reading") as progress:
         text = None
         if not arguments.keep_order:
             longest = open_source(arguments.source, arguments.drop_mtp).config
@@ -140,7 +147,7 @@ def export_run(arguments: argparse.Namespace) -> None:
     """Write one tier as a plain checkpoint."""
     from dvpa.checkpoint.export import export_tier
 
-    with show_status("writing") as progress:
+    with pointing_to_what_is_left(arguments.out), show_status("writing") as progress:
         report = export_tier(
             arguments.checkpoint,
             arguments.tier,
@@ -152,6 +159,7 @@ def export_run(arguments: argparse.Namespace) -> None:
     if write_json(arguments.json, asdict(report)):
         return
     console().print(f"{report.model_type} checkpoint of tier {arguments.tier}: {arguments.out}")
+    show_resumed(report.resumed_shards)
     show_formats(report)
     if report.dropped_mtp:
         console().print(
@@ -194,6 +202,7 @@ def show_conversion(out: Path, report: "ConversionReport") -> None:
             f"{tier.nll - top.nll:+.3f}" if has_loss else "-",  # type: ignore[operator]
         )
     console().print(table)
+    show_resumed(report.resumed_shards)
     if report.text is not None:
         console().print(
             f"experts measured on {report.tokens:,} tokens of {report.text}; losses on "
@@ -214,6 +223,12 @@ def show_conversion(out: Path, report: "ConversionReport") -> None:
     show_formats(report.formats)
     for reason, count in report.left_out.items():
         console().print(f"left out: {count} tensors: {reason}")
+
+
+def show_resumed(count: int) -> None:
+    """Say how many shards were there already."""
+    if count:
+        console().print(f"{count} shards were finished by an earlier run")
 
 
 def show_formats(counts: "FormatCounts | ExportReport") -> None:

@@ -37,6 +37,22 @@ def write_json(target: str | None, report: Mapping[str, Any]) -> bool:
     return False
 
 
+@contextmanager
+def pointing_to_what_is_left(out: Path) -> Iterator[None]:
+    """After a failure, say that the next run need not start anew."""
+    try:
+        yield
+    except BaseException:
+        staging = out.with_name(f"{out.name}.incomplete")
+        if finished := len(list(staging.glob("*.safetensors"))):
+            print(
+                f"dvpa: note: {staging} keeps {finished} finished shards; the same command goes "
+                "on from there",
+                file=sys.stderr,
+            )
+        raise
+
+
 def show_plan(name: str, tiers: Sequence[Any], priced: "ModelPrice") -> None:
     """Print the table of `dvpa plan`; `tiers` are the config's, in the order of the prices."""
     from rich import box

@@ -205,7 +205,7 @@ def test_a_base_pool_without_room_for_a_super_expert_says_so(
 ) -> None:
     make_source(tmp_path / "source", topk_group=1, num_experts_per_tok=3)
     found = [(1, 1), (1, 5), (1, 9), (2, 14), (2, 15)]  # of groups 0, 1, 2 and 3, 3
-    monkeypatch.setattr("dvpa.checkpoint.convert.super_experts", lambda peaks: found)
+    monkeypatch.setattr("dvpa.checkpoint.expert_choice.super_experts", lambda peaks: found)
     _, report = take_in(tmp_path, pool="prefix", tiers=parse_tiers("4:1,16:3"))
     assert report.super_experts == found
     assert len(report.unpinned) == 2

@@ -24,6 +24,10 @@ class CalibrationText:
     ids: Tensor
     origin: str
 
+    def digest(self) -> str:
+        """A hash of the tokens."""
+        return hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
+
     @property
     def measuring(self) -> Tensor:
         """The sequences that experts are measured on."""

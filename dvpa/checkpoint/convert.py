@@ -6,7 +6,8 @@ first whatever their rank. Routing is untouched but for the experts' numbers: th
 what the source computes. Nothing is trained; the report says what each tier loses by that.
 
 One layer is in memory while experts are measured, one tensor while they are written. The new folder
-appears complete or not at all.
+appears complete or not at all; a conversion that was stopped goes on with what it had measured, and
+with the shards it had finished.
 """
 
 from collections.abc import Sequence
@@ -19,31 +20,27 @@ from torch import Tensor
 
 from dvpa.architecture import TOP_TIER_FIELDS
 from dvpa.checkpoint.calibration_text import CalibrationText
+from dvpa.checkpoint.expert_choice import CHOICE_FILE, ExpertChoice, choose_experts
 from dvpa.checkpoint.export import COPIED_FILES
 from dvpa.checkpoint.families import limits_groups
-from dvpa.checkpoint.importance import (
-    Importance,
-    Progress,
-    measure_importance,
-    super_experts,
-    tier_losses,
-)
+from dvpa.checkpoint.folders import identity_of, resumable_folder
+from dvpa.checkpoint.importance import Progress
 from dvpa.checkpoint.number_format import (
     FORMATS,
     FormatCounts,
     Fp8,
     count_formats,
+    is_weight_due,
     stored_as,
     write_weight,
 )
-from dvpa.checkpoint.pools import TierWish, as_mapping, default_tiers, order_experts, tier_fields
+from dvpa.checkpoint.pools import TierWish, default_tiers, tier_fields
 from dvpa.checkpoint.shards import (
     DEFAULT_SHARD_BYTES,
     DTYPES,
     ShardWriter,
     TensorInfo,
     copy_file,
-    staged_folder,
     write_json,
 )
 from dvpa.checkpoint.source import EMBEDDING, Source, open_source
@@ -93,6 +90,7 @@ class ConversionReport:
         formats: weights that were FP8 and are so bit for bit (`kept_fp8`), that became FP8, and
             that were FP8 and are so no longer; scales are not counted.
         num_tensors, num_bytes: what was written.
+        resumed_shards: how many files an earlier run had finished.
     """
 
     source: str
@@ -112,6 +110,7 @@ class ConversionReport:
     formats: FormatCounts
     num_tensors: int
     num_bytes: int
+    resumed_shards: int
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary."""
@@ -134,7 +133,8 @@ def convert_checkpoint(
 
     Args:
         source: a folder with config.json and safetensors, of a family in `FAMILIES`.
-        out: a new folder; it appears complete or not at all.
+        out: a new folder; it appears complete or not at all. A run that was killed or failed leaves
+            `<out>.incomplete`, from which the same call goes on.
         text: what experts are measured on; None keeps their order.
         tiers: base first; default `default_tiers`.
         pool: "prefix", "striped", or "auto": the kind whose lower tiers lose less on the text.
@@ -158,46 +158,44 @@ def convert_checkpoint(
         raise ValueError(
             f"calibration text: token {int(text.ids.max())} must be below vocab_size = {size}"
         )
-    with staged_folder(Path(out)) as folder:  # refuses a full `out` before the long work
-        measured = None if text is None else measure_importance(opened, text.measuring, progress)
-        pinned = super_experts(measured.peaks) if measured else []
-        plans = {
-            kind: (config, _orders(opened.config, measured, pinned, kind))
-            for kind, config in configs.items()
-        }
-        losses: dict[str, list[float]] = {}
-        if text is not None:
-            losses = tier_losses(opened, plans, text.held_out, progress)
-        chosen = min(plans, key=lambda kind: sum(losses.get(kind, ())))
-        config, orders = plans[chosen]
+    settings = {
+        "tiers": [asdict(wish) for wish in wishes],
+        "text": None if text is None else text.digest(),
+        "options": [pool, dtype, drop_mtp, shard_bytes],
+    }
+    identity = identity_of([opened.folder / "config.json", *opened.reader.files], settings)
+    with resumable_folder(Path(out), identity) as folder:  # refuses a full `out` before the work
+        choice = ExpertChoice.load(folder)
+        if choice is None:
+            choice = choose_experts(opened, configs, text, progress)
+            if text is not None:
+                choice.save(folder)
+        config = configs[choice.pool]
         progress("writing")
         plan = _plan(opened, config, dtype)
-        _write(opened, config, orders, plan, folder, shard_bytes, progress)
+        resumed = _write(opened, config, choice, plan, folder, shard_bytes, progress)
         report = ConversionReport(
             source=opened.family.model_type,
-            tiers=_tiers(config, losses.get(chosen)),
+            tiers=_tiers(config, choice.losses.get(choice.pool)),
             text=None if text is None else text.origin,
             tokens=0 if text is None else text.measuring.numel(),
             held_out_tokens=0 if text is None else text.held_out.numel(),
-            pool=chosen,
-            pools=losses,
+            pool=choice.pool,
+            pools=choice.losses,
             not_possible=not_possible,
-            expert_order=as_mapping(orders),
-            importance={
-                str(layer): scores.tolist()
-                for layer, scores in (measured.scores.items() if measured else ())
-            },
-            super_experts=pinned,
-            unpinned=_outside(pinned, orders, config.pool_size(0)),
-            never_chosen=sum(int((c == 0).sum()) for c in measured.counts.values())
-            if measured
-            else 0,
+            expert_order=choice.orders,
+            importance=choice.importance,
+            super_experts=choice.super_experts,
+            unpinned=choice.outside(config.pool_size(0)),
+            never_chosen=choice.never_chosen,
             left_out=_count(opened.left_out.values()),
             formats=count_formats((opened.stored(n), plan[n]) for n in tensor_shapes(config)),
             num_tensors=len(plan),
             num_bytes=sum(info.num_bytes for info in plan.values()),
+            resumed_shards=resumed,
         )
         write_json(folder / RECORD_FILE, report.to_dict())
+        (folder / CHOICE_FILE).unlink(missing_ok=True)
     return report
 
 
@@ -229,33 +227,6 @@ def _configs(
     return configs, {kind: str(error) for kind, error in failed.items()}
 
 
-def _orders(
-    config: DvpaConfig,
-    measured: Importance | None,
-    pinned: Sequence[tuple[int, int]],
-    pool: str,
-) -> dict[int, Tensor]:
-    """By layer, the source's experts in their new order."""
-    layers = range(
-        config.first_k_dense_replace, config.num_hidden_layers + config.num_nextn_predict_layers
-    )
-    orders = {}
-    for layer in layers:
-        experts = config.n_routed_experts
-        scores = torch.zeros(experts) if measured is None else measured.scores[layer]
-        is_pinned = torch.zeros(experts, dtype=torch.bool)
-        is_pinned[[expert for of_layer, expert in pinned if of_layer == layer]] = True
-        orders[layer] = order_experts(config, scores, is_pinned, pool)
-    return orders
-
-
-def _outside(
-    pinned: Sequence[tuple[int, int]], orders: dict[int, Tensor], pool: int
-) -> list[tuple[int, int]]:
-    """Those (layer, expert) pairs that are not among the first `pool` of their layer."""
-    return [each for each in pinned if each[1] not in orders[each[0]][:pool].tolist()]
-
-
 def _plan(source: Source, config: DvpaConfig, dtype: str) -> dict[str, TensorInfo]:
     """What to write, in order."""
     plan = {}
@@ -269,17 +240,18 @@ def _plan(source: Source, config: DvpaConfig, dtype: str) -> dict[str, TensorInf
 def _write(
     source: Source,
     config: DvpaConfig,
-    orders: dict[int, Tensor],
+    choice: ExpertChoice,
     plan: dict[str, TensorInfo],
     folder: Path,
     shard_bytes: int,
     progress: Progress,
-) -> None:
-    """Fill the new folder."""
-    with ShardWriter(folder, plan, shard_bytes, progress) as writer:
+) -> int:
+    """Fill the new folder; how many shards of an earlier run were taken over."""
+    with ShardWriter(folder, plan, shard_bytes, progress, resume=True) as writer:
         for name in tensor_shapes(config):
-            weight = _moved(source, config, orders, name)
-            write_weight(writer, name, plan[name], weight, f"{source.folder}: {name}")
+            if is_weight_due(writer, name, plan[name]):
+                weight = _moved(source, config, choice, name)
+                write_weight(writer, name, plan[name], weight, f"{source.folder}: {name}")
     for path in sorted(source.folder.iterdir()):
         if path.name in COPIED_FILES.split() or path.name.startswith("LICENSE"):
             copy_file(path, folder)
@@ -292,21 +264,20 @@ def _write(
     costs = [float(tier.activated_params) for tier in price(config).tiers]
     TierMap.untrained(config.tier_names, costs).save(folder / TIER_MAP_FILE)
     write_standalone(folder)
+    return writer.resumed
 
 
-def _moved(
-    source: Source, config: DvpaConfig, orders: dict[int, Tensor], name: str
-) -> Tensor | Fp8:
+def _moved(source: Source, config: DvpaConfig, choice: ExpertChoice, name: str) -> Tensor | Fp8:
     """A tensor of the new checkpoint."""
     if name.endswith((ROUTER_WEIGHT, TIER_BIAS)):
-        order_E = orders[int(name.split(".")[2])]
+        order_E = choice.order(int(name.split(".")[2]))
         if name.endswith(TIER_BIAS):
             return source.read(name)[:, order_E].expand(config.num_tiers, -1)
         return source.read(name)[order_E]
     expert = expert_index(name)
     if expert is None:
         return source.read_stored(name)
-    moved = int(orders[int(name.split(".")[2])][expert])
+    moved = choice.orders[name.split(".")[2]][expert]
     return source.read_stored(name.replace(f".experts.{expert}.", f".experts.{moved}."))
 
 

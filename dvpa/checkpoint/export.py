@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dvpa.checkpoint import fp8
+from dvpa.checkpoint.folders import identity_of, resumable_folder
 from dvpa.checkpoint.formats import Format, find_format
 from dvpa.checkpoint.number_format import (
     FORMATS,
@@ -27,6 +28,7 @@ from dvpa.checkpoint.number_format import (
     check_format,
     count_formats,
     fp8_names,
+    is_weight_due,
     read_weight,
     write_weight,
 )
@@ -37,7 +39,6 @@ from dvpa.checkpoint.shards import (
     ShardWriter,
     TensorInfo,
     copy_file,
-    staged_folder,
     write_json,
 )
 from dvpa.checkpoint.source import EMBEDDING
@@ -65,6 +66,7 @@ class ExportReport:
     `kept_fp8` were and are, bit for bit; their scales are not counted as tensors.
     `dropped_mtp` of those left out are a multi-token prediction module that was not kept. Where it
     is kept, the copies of embedding and head that V3 stores with it count as copied.
+    `resumed_shards` files had been finished by an earlier run.
     """
 
     tier: int
@@ -79,6 +81,7 @@ class ExportReport:
     dropped_mtp: int
     num_bytes: int
     is_in_transformers: bool
+    resumed_shards: int
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,12 @@ def export_tier(
 ) -> ExportReport:
     """Write tier `tier` (index or name) of `checkpoint` to the new folder `out`.
 
-    `out` appears complete or not at all; memory holds one tensor at a time. `keep_mtp` keeps the
-    multi-token prediction module, as V3 stores it, cut to the tier like any other layer. `dtype` is
-    one of `FORMATS`: "auto" leaves weights as they are, "fp8" stores attention and MLP matrices in
-    128 x 128 blocks of E4M3, as DeepSeek-V3 does, and the others as bf16; what is FP8 already stays
-    so to the bit in both. `progress` is told how far it is.
+    `out` appears complete or not at all; a run that was killed or failed leaves `<out>.incomplete`,
+    and the same call goes on from the shards in it. Memory holds one tensor at a time. `keep_mtp`
+    keeps the multi-token prediction module, as V3 stores it, cut to the tier like any other layer.
+    `dtype` is one of `FORMATS`: "auto" leaves weights as they are, "fp8" stores attention and MLP
+    matrices in 128 x 128 blocks of E4M3, as DeepSeek-V3 does, and the others as bf16; what is FP8
+    already stays so to the bit in both. `progress` is told how far it is.
 
     Raises:
         FileNotFoundError: no checkpoint there, or a shard is missing.
@@ -135,15 +139,17 @@ def export_tier(
     if not style.has_bias:
         _check_bias(reader, config, tier, style)
     plan = plan_tier(config, tier, reader.tensors, keep_mtp, style, dtype)
-    with staged_folder(out) as folder:
+    files = [checkpoint / "config.json", *reader.files]
+    identity = identity_of(files, [tier, shard_bytes, keep_mtp, dtype])
+    with resumable_folder(out, identity) as folder:
         infos = {name: part.info for name, part in plan.items()}
-        with ShardWriter(folder, infos, shard_bytes, progress) as w:
-            _write(w, reader, config, tier, plan)
+        with ShardWriter(folder, infos, shard_bytes, progress, resume=True) as writer:
+            _write(writer, reader, config, tier, plan)
         for name in COPIED_FILES.split():
             if (checkpoint / name).is_file():
                 copy_file(checkpoint / name, folder)
         write_json(folder / "config.json", _config(style, config, tier, keep_mtp, plan))
-    return _report(config, tier, reader, plan, style, keep_mtp)
+    return _report(config, tier, reader, plan, style, keep_mtp, writer.resumed)
 
 
 def list_tiers(checkpoint: Path | str) -> list[TierSize]:
@@ -238,7 +244,9 @@ def _write(
     plan: Mapping[str, Part],
 ) -> None:
     for name, part in plan.items():
-        if not name.endswith(fp8.SCALE_SUFFIX):  # written with its weight
+        if name.endswith(fp8.SCALE_SUFFIX):
+            continue  # written with its weight
+        if is_weight_due(writer, name, part.info):
             weight = _part(reader, config, tier, part.source)
             write_weight(writer, name, part.info, weight, f"{reader.folder}: {part.source}")
 
@@ -281,6 +289,7 @@ def _report(
     plan: Mapping[str, Part],
     style: Format,
     keep_mtp: bool,
+    resumed: int,
 ) -> ExportReport:
     tensors = reader.tensors
     whole = [part for name, part in plan.items() if not name.endswith(fp8.SCALE_SUFFIX)]
@@ -302,4 +311,5 @@ def _report(
         dropped_mtp=0 if keep_mtp else sum(is_mtp(config, name) for name in dropped),
         num_bytes=sum(part.info.num_bytes for part in plan.values()),
         is_in_transformers=style.is_in_transformers,
+        resumed_shards=resumed,
     )

@@ -39,8 +39,7 @@ def staged_folder(out: Path, keep: bool = False) -> Iterator[Path]:
     except BaseException as error:
         if not keep:
             shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-            raise OSError(error.errno, error.strerror, str(out)) from error
+        _raise_with_name(error, out)
         raise
 
 
@@ -70,9 +69,10 @@ def resumable_folder(out: Path, identity: str) -> Iterator[Path]:
             os.fsync(mark.fileno())
         try:
             yield staging
-        except BaseException:
+        except BaseException as error:
             if [path.name for path in staging.iterdir()] == [INCOMPLETE_MARK]:
                 shutil.rmtree(staging)
+            _raise_with_name(error, out)
             raise
         sync_folder(staging)
         staging.replace(out)
@@ -80,13 +80,20 @@ def resumable_folder(out: Path, identity: str) -> Iterator[Path]:
         sync_folder(out.parent)
 
 
-def identity_of(files: Iterable[Path], settings: Any) -> str:
-    """A hash of what a result depends on: files, by place, size and time of change, and settings.
+def _raise_with_name(error: BaseException, out: Path) -> None:
+    """An error of the disk that names no file gets the folder's name."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        raise OSError(error.errno, error.strerror, str(out)) from error
 
-    `settings` is anything of JSON's.
+
+def identity_of(files: Iterable[Path], settings: Any) -> str:
+    """A hash of what a result depends on: files, by place, size and time of change, settings (any
+    of JSON's), and dvpa's version.
     """
+    from dvpa import __version__
+
     states = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    text = json.dumps([settings, states], sort_keys=True)
+    text = json.dumps([__version__, settings, states], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -95,10 +95,16 @@ def read_weight(reader: ShardReader, name: str) -> Tensor | Fp8:
     return Fp8(tensor, reader.read(name + fp8.SCALE_SUFFIX))
 
 
+def is_weight_due(writer: ShardWriter, name: str, info: TensorInfo) -> bool:
+    """Whether a weight, or its scales where it is stored in FP8, is still to be written."""
+    is_fp8 = info.dtype == fp8.CODES
+    return writer.is_due(name) or (is_fp8 and writer.is_due(name + fp8.SCALE_SUFFIX))
+
+
 def write_weight(
     writer: ShardWriter, name: str, info: TensorInfo, weight: Tensor | Fp8, source: str
 ) -> None:
-    """Write a weight as `info` says; FP8 with its scales, which must be due next.
+    """Write what is due of a weight, as `info` says; FP8 with its scales, which must come next.
 
     Raises:
         ValueError: a value that FP8 cannot hold (not finite; the message begins with `source`), or
@@ -109,8 +115,10 @@ def write_weight(
             stored = weight if isinstance(weight, Fp8) else Fp8(*fp8.quantise(weight))
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
-        writer.write(name, stored.codes)
-        writer.write(name + fp8.SCALE_SUFFIX, stored.scale_inv)
+        if writer.is_due(name):
+            writer.write(name, stored.codes)
+        if writer.is_due(name + fp8.SCALE_SUFFIX):  # it may begin another shard
+            writer.write(name + fp8.SCALE_SUFFIX, stored.scale_inv)
     elif isinstance(weight, Fp8):
         dtype = DTYPES[info.dtype]
         writer.write(name, fp8.dequantise(weight.codes, weight.scale_inv, dtype))
