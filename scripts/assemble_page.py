@@ -10,7 +10,9 @@ def assemble_parts(result: Mapping[str, Any]) -> list[Part]:
     """(text, head, rows) for each part of `scripts/bench_assemble.py` that was run."""
     parts = []
     if "merge" in result:
-        parts.append(_merge_part(result["merge"]))
+        parts.append(_merge_part(result["merge"], "in the page cache"))
+    if "cold" in result:
+        parts.append(_merge_part(result["cold"], "put out of the page cache before each command"))
     if result.get("sizes"):
         parts.append(_sizes_part(result["sizes"]))
     if "fp8" in result:
@@ -18,12 +20,12 @@ def assemble_parts(result: Mapping[str, Any]) -> list[Part]:
     return parts
 
 
-def _merge_part(merge: Mapping[str, Any]) -> Part:
+def _merge_part(merge: Mapping[str, Any], where: str) -> Part:
     parents, exact, peer = merge["parents"], merge["exactness"], merge["mergekit"]
     text = (
         "`python scripts/bench_assemble.py --mergekit PROGRAM`: 0.6 A + 0.4 B of two bf16 parents "
         f"of {parents['gb']:.3g} GB ({parents['tensors']:,} tensors, {parents['shards']} shards, "
-        f"in the page cache), medians of {merge['rounds']} interleaved rounds; whole commands, "
+        f"{where}), medians of {merge['rounds']} interleaved rounds; whole commands, "
         "start-up included. The bound is dd's, run right before each command: read both parents, "
         f"write and sync one. dvpa beyond its start-up ({merge['start_up_s']:.2f} s) takes "
         f"**{merge['over_bound']:.2f}x** that bound, hashing included. Of {exact['elements']:,} "

@@ -1,17 +1,19 @@
 """`dvpa assemble` beside mergekit and the disk, on synthetic parents; memory by size of the model.
 
     python scripts/bench_assemble.py --mergekit VENV/bin/mergekit-yaml [--parents DIR] [--work DIR]
-        [--rounds 3] [--parts merge fp8 rounding sizes]
+        [--rounds 3] [--parts merge cold fp8 rounding sizes]
         [--out docs/benchmarks/assemble.json]
 
 merge: every round, one after the other: dd reads the parents and writes and syncs as much as the
 result (that minute's disk bound), then dvpa or mergekit merges 0.6 A + 0.4 B. Each contender is a
 process of its own; its wall and CPU time, and its anonymous memory, sampled every 10 ms, are those
-of the whole command. Without --mergekit it is left out, and said so. fp8: DeepSeek-V3's format
+of the whole command. Without --mergekit it is left out, and said so. cold: the same with the
+parents put out of the page cache before each command and each dd, as large ones always are; there
+the bound is the disk's. fp8: DeepSeek-V3's format
 against the exact interpolation. rounding: what E4M3 itself costs there. sizes: the memory of
 parents of 1 GB and of 8 GB (26 GB of disk), these once with more and once with larger tensors; no
-timing, any machine will do. Parts that are not asked for keep their place in
---out. Everything made in --work is removed again.
+timing, any machine will do. Parts that are not asked for keep their place in --out. Everything made
+in --work is removed again.
 """
 
 import argparse
@@ -28,8 +30,8 @@ from typing import Any
 
 import torch
 import yaml
+from assemble_exactness import beside_mergekit, exactness
 from assemble_parents import make_parents
-from torch import Tensor
 
 from dvpa.checkpoint.fp8 import dequantise, quantise, requantise
 from dvpa.checkpoint.shards import ShardReader
@@ -38,7 +40,7 @@ from dvpa.evaluate.report import describe_environment
 SHARES = (0.6, 0.4)
 SAMPLE_S = 0.01
 SCALE = "_scale_inv"
-PARTS = ("merge", "fp8", "rounding", "sizes")
+PARTS = ("merge", "cold", "fp8", "rounding", "sizes")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 MERGEKIT: dict[str, tuple[list[str], dict[str, str]]] = {
     "mergekit": ([], {}),
@@ -100,6 +102,15 @@ def dd(parents: Path, work: Path) -> dict[str, float]:
     return {"read_s": read, "write_s": write, "bound_s": read + write}
 
 
+def evict(parents: Path) -> None:
+    """Put the parents out of the page cache."""
+    for shard in parents.glob("parent_?/*.safetensors"):
+        descriptor = os.open(shard, os.O_RDONLY)
+        os.fsync(descriptor)  # what is not written yet stays
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
 def recipe(path: Path, parents: Path, shares: tuple[float, float] = SHARES) -> Path:
     """A linear recipe for dvpa."""
     data = {
@@ -139,58 +150,14 @@ def mergekit(
 
 def start_up(work: Path) -> float:
     """Wall seconds of `dvpa assemble` on parents of next to nothing; median of three."""
+    shutil.rmtree(work / "tiny", ignore_errors=True)
     make_parents(work / "tiny", layers=1, experts=8, hidden=64, width=32)
     file, times = recipe(work / "tiny.yaml", work / "tiny"), []
     for number in range(3):
         out = str(work / f"tiny_out_{number}")
+        shutil.rmtree(out, ignore_errors=True)
         times.append(run([sys.executable, "-m", "dvpa", "assemble", str(file), out])["wall_s"])
     return statistics.median(times)
-
-
-def exactness(parents: Path, out: Path) -> dict[str, int]:
-    """How many elements of the result differ from fp32 0.6 A + 0.4 B rounded to bf16, and by how
-    many units in the last place at most.
-    """
-    readers = [ShardReader(folder) for folder in (parents / "parent_a", parents / "parent_b", out)]
-    elements = differing = largest = 0
-    for name in readers[0].tensors:
-        left, right, result = (reader.read(name) for reader in readers)
-        wanted = (left.float() * SHARES[0] + right.float() * SHARES[1]).to(left.dtype)
-        steps = (ordered(wanted) - ordered(result)).abs()
-        elements += steps.numel()
-        differing += int((steps > 0).sum())
-        largest = max(largest, int(steps.max()))
-    return {"elements": elements, "differing": differing, "largest_ulp": largest}
-
-
-def ordered(tensor: Tensor) -> Tensor:
-    """bf16 as whole numbers that count its values in order."""
-    raw = tensor.contiguous().view(torch.int16).int()
-    return torch.where(raw < 0, -(raw & 0x7FFF), raw)
-
-
-def beside_mergekit(out: Path, merged: Path) -> dict[str, int]:
-    """dvpa's result against mergekit's, whose experts are packed."""
-    ours, theirs = ShardReader(out), ShardReader(merged)
-    elements = differing = 0
-    for name in theirs.tensors:
-        mine = unpacked(ours, name)
-        elements += mine.numel()
-        differing += int((ordered(mine) != ordered(theirs.read(name))).sum())
-    return {"elements": elements, "differing": differing}
-
-
-def unpacked(reader: ShardReader, name: str) -> Tensor:
-    """A tensor by mergekit's name."""
-    if name in reader.tensors:
-        return reader.read(name)
-    prefix, _, kind = name.rpartition(".")
-    stack = []
-    while f"{prefix}.{len(stack)}.up_proj.weight" in reader.tensors:
-        parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
-        expert = [reader.read(f"{prefix}.{len(stack)}.{part}.weight") for part in parts]
-        stack.append(torch.cat(expert))
-    return torch.stack(stack)
 
 
 def fp8_case(work: Path, parents_label: str, sizes: dict[str, int]) -> dict[str, Any]:
@@ -285,6 +252,8 @@ def main() -> None:
         work = Path(folder)
         if "merge" in arguments.parts:
             result["merge"] = measure(arguments, work)
+        if "cold" in arguments.parts:
+            result["cold"] = measure(arguments, work, is_cold=True)
         if "fp8" in arguments.parts:
             result["fp8"] = [fp8_case(work, *case) for case in FP8_SIZES.items()]
         if "rounding" in arguments.parts:
@@ -292,17 +261,15 @@ def main() -> None:
             result["rounding"] = {"normal_values": rounding(None), "by_distance": by_distance}
         if "sizes" in arguments.parts:
             result["sizes"] = memory_by_size(work)
-    if "merge" in arguments.parts or "environment" not in result:
+    if {"merge", "cold"} & {*arguments.parts} or "environment" not in result:
         result["environment"] = describe_environment()  # of the timings
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Rounds of all contenders, and whether their results agree."""
-    parents = arguments.parents
-    if parents is None:
-        parents = work / "parents"
-        make_parents(parents)
+def rounds_of(
+    arguments: argparse.Namespace, parents: Path, work: Path, is_cold: bool
+) -> dict[str, list[dict[str, float]]]:
+    """All contenders, interleaved, each right after dd."""
     contenders = {"dvpa": lambda: dvpa(parents, work)}
     if arguments.mergekit:
         for label, (options, variables) in MERGEKIT.items():
@@ -314,9 +281,22 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     for number in range(arguments.rounds):
         for name, contender in contenders.items():
             os.sync()  # what the last one left to be written is not this one's to wait for
+            if is_cold:
+                evict(parents)
             bound = dd(parents, work)
+            if is_cold:
+                evict(parents)
             rows[name].append({**contender(), **bound})
             print(number, name, rows[name][-1], flush=True)
+    return rows
+
+
+def measure(arguments: argparse.Namespace, work: Path, is_cold: bool = False) -> dict[str, Any]:
+    """Rounds of all contenders, and whether their results agree."""
+    parents = arguments.parents or work / "parents"
+    if not parents.exists():
+        make_parents(parents)
+    rows = rounds_of(arguments, parents, work, is_cold)
     reader = ShardReader(parents / "parent_a")
     start = start_up(work)
     result: dict[str, Any] = {
@@ -333,7 +313,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "over_bound": statistics.median(
             (row["wall_s"] - start) / row["bound_s"] for row in rows["dvpa"]
         ),
-        "exactness": exactness(parents, work / "dvpa"),
+        "exactness": exactness(parents, work / "dvpa", SHARES),
         "mergekit": None,
         "load": os.getloadavg()[0],
     }
@@ -346,7 +326,11 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
             "fastest": fastest,
             "times_faster": walls[fastest] / ours,
             "import_s": run(
-                [python_of(arguments.mergekit), "-c", "import mergekit.scripts.run_yaml"],
+                [
+                    str(Path(arguments.mergekit).parent / "python"),
+                    "-c",
+                    "import mergekit.scripts.run_yaml",
+                ],
                 PYTHONPATH="",
             ),
             **beside_mergekit(work / "dvpa", work / "mergekit"),

@@ -120,12 +120,15 @@ def test_constraints_are_the_callers() -> None:
 
 
 def test_memory_does_not_grow_with_the_number_of_tensors(tmp_path: Path) -> None:
-    """Parents of 200 tensors a shard; Python's own peak, which has 19 bytes of each outcome."""
+    """Parents of 200 tensors a shard; Python's own peak, which has 19 bytes of each outcome.
+
+    The first run fills caches that are filled once.
+    """
     peaks = []
-    for shards in (2, 16):
+    for run, shards in enumerate((2, 2, 16)):
         parents = {}
         for seed, parent in enumerate("ab"):
-            parents[parent] = tmp_path / f"{parent}{shards}"
+            parents[parent] = tmp_path / f"{parent}{run}"
             parents[parent].mkdir()
             weight_map = {}
             for shard in range(shards):
@@ -138,10 +141,11 @@ def test_memory_does_not_grow_with_the_number_of_tensors(tmp_path: Path) -> None
             config = {"model_type": "qwen3_moe", "num_hidden_layers": shards}
             (parents[parent] / "config.json").write_text(json.dumps(config))
         rules = [{"match": "all", "lambda": {"a": 0.5, "b": 0.5}}]
-        recipe = write_recipe(tmp_path / f"{shards}.yaml", parents, rules)
+        recipe = write_recipe(tmp_path / f"{run}.yaml", parents, rules)
         tracemalloc.start()
         assert survey(recipe, threads=1).tensors == 200 * shards
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    few, many = peaks
-    assert many - few < 200 * 14 * 60  # bytes a tensor; a name alone has more
+    _, few, many = peaks
+    # Bytes a tensor, numbers and their copies: names and places would be a kilobyte.
+    assert many - few < 200 * 14 * 150
