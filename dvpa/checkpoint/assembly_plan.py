@@ -103,14 +103,14 @@ def _plan_steps(
     """
     base = parents[recipe.base_index]
     num_layers = _num_layers(config, base.folder)
-    steps, used = StepTable(database, num_layers), set()
+    steps, used = StepTable(database), set()
     open_unit: _Unit | None = None  # the one that the next step may join
     for step in _steps(recipe, base, num_layers):
         rule = recipe.rules[step.rule]
         used.add(step.rule)
         _check_step(step, rule, base.folder)
         unit: int | None = None
-        if rule.expert_delta > 0 and step.place.expert is not None:
+        if rule.expert_delta > 0 and step.expert is not None:
             unit, open_unit = steps.unit_of(step), None
         elif open_unit is not None and _goes_on(open_unit, step, rule, parents):
             unit = open_unit.first.number
@@ -135,7 +135,9 @@ def _steps(recipe: Recipe, base: StoredHeaders, num_layers: int) -> Iterator[Ste
             _check_scale(base.folder, name, info, scale_info)
         place = place_of(name, num_layers)
         scale = None if scale_info is None else name + SCALE_SUFFIX
-        yield Step(number, name, scale, place, recipe.rule_of(name, place), info, num_bytes)
+        expert = None if place.expert is None else f"{place.layer}/{place.expert}"
+        rule = recipe.rule_of(name, place)
+        yield Step(number, name, scale, place.tensor_class, expert, rule, info, num_bytes)
     if (lone := base.lone(SCALE_SUFFIX)) is not None:
         raise ValueError(f"{base.folder}: {lone}: a scale without its weight")
 

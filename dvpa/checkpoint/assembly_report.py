@@ -121,7 +121,7 @@ def tensor_rows(plan: Plan, outcomes: Outcomes) -> Iterator[list[str]]:
         assert outcome is not None
         parent = "" if outcome.parent is None else names[outcome.parent]
         numbers = ["" if x is None else f"{x:.6g}" for x in (outcome.difference, outcome.relative)]
-        kind = step.place.tensor_class
+        kind = step.tensor_class
         for name in filter(None, (step.name, step.scale)):
             yield [name, kind, str(step.rule), outcome.action, parent, *numbers]
 

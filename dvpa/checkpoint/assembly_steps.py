@@ -82,7 +82,7 @@ class StepRunner:
         if sources == [self._base]:
             return [self._copy(step, Outcome(COPIED, self._base)) for step in steps]
         is_mixed = len(sources) > 1
-        has_limit = rule.delta > 0 or (rule.expert_delta > 0 and steps[0].place.expert is not None)
+        has_limit = rule.delta > 0 or (rule.expert_delta > 0 and steps[0].expert is not None)
         if is_mixed and not has_limit:
             return self._merge(steps, sources)
         if not (has_limit or self._compare_all or is_mixed):

@@ -12,7 +12,7 @@ from dvpa.checkpoint.headers import TensorInfo
 from dvpa.checkpoint.interpolate import FORMATS
 from dvpa.checkpoint.scratch_database import Row, ScratchDatabase
 from dvpa.checkpoint.stored_headers import info_of, stored
-from dvpa.checkpoint.tensor_class import CLASSES, Place, place_of
+from dvpa.checkpoint.tensor_class import CLASSES
 
 SCALE_SUFFIX = "_scale_inv"
 MERGED, COPIED, KEPT, EQUAL = "merged", "copied", "kept", "equal"
@@ -39,7 +39,8 @@ class Step:
     number: int
     name: str
     scale: str | None
-    place: Place
+    tensor_class: str
+    expert: str | None  # the routed expert that it is of, with its layer
     rule: int
     info: TensorInfo
     num_bytes: int  # of the result, the scale's included
@@ -53,8 +54,8 @@ class Step:
 class StepTable:
     """Every step, numbered in the order of the base's files, and the unit it is decided in."""
 
-    def __init__(self, database: ScratchDatabase, num_layers: int) -> None:
-        self._database, self._num_layers = database, num_layers
+    def __init__(self, database: ScratchDatabase) -> None:
+        self._database = database
         for statement in (
             _SCHEMA,
             "CREATE INDEX units ON steps (unit)",
@@ -67,29 +68,28 @@ class StepTable:
 
     def __iter__(self) -> Iterator[Step]:
         query = f"SELECT {_COLUMNS} FROM steps ORDER BY number"
-        return map(self._step, self._database.rows(query))
+        return map(_step, self._database.rows(query))
 
     def add(self, step: Step, unit: int) -> None:
         """Append a step; a unit is known by the number of its first step."""
-        place = step.place
         self._database.run(
             f"INSERT INTO steps ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             *(step.number, unit, step.name, step.scale is not None),
-            *(CLASSES.index(place.tensor_class), _expert(place), step.rule),
+            *(CLASSES.index(step.tensor_class), step.expert, step.rule),
             *(step.info.dtype, stored(step.info.shape), step.num_bytes),
         )
 
     def unit_of(self, step: Step) -> int | None:
         """The unit of an earlier step of the same expert under the same rule."""
         query = "SELECT unit FROM steps WHERE expert = ? AND rule = ? LIMIT 1"
-        row = self._database.first(query, _expert(step.place), step.rule)
+        row = self._database.first(query, step.expert, step.rule)
         return None if row is None else int(row[0])
 
     def units(self) -> Iterator[list[Step]]:
         """Steps that are decided together, unit by unit."""
         rows = self._database.rows(f"SELECT {_COLUMNS} FROM steps ORDER BY unit, number")
         for _, unit in groupby(rows, key=lambda row: row[1]):
-            yield [self._step(row) for row in unit]
+            yield [_step(row) for row in unit]
 
     @property
     def num_bytes(self) -> int:
@@ -110,21 +110,17 @@ class StepTable:
             table[i] = row
         return table
 
-    def _step(self, row: Row) -> Step:
-        number, _, name, scaled, _, _, rule, dtype, shape, num_bytes = row
-        scale = name + SCALE_SUFFIX if scaled else None
-        place = place_of(name, self._num_layers)
-        return Step(number, name, scale, place, rule, info_of(dtype, shape), num_bytes)
-
     def _sum(self, what: str) -> int:
         row = self._database.first(f"SELECT {what} FROM steps")
         assert row is not None
         return int(row[0] or 0)
 
 
-def _expert(place: Place) -> str | None:
-    """A routed expert, as it is in the database: numbers in names have no bound."""
-    return None if place.expert is None else f"{place.layer}/{place.expert}"
+def _step(row: Row) -> Step:
+    number, _, name, scaled, kind, expert, rule, dtype, shape, num_bytes = row
+    scale = name + SCALE_SUFFIX if scaled else None
+    info = info_of(dtype, shape)
+    return Step(number, name, scale, CLASSES[kind], expert, rule, info, num_bytes)
 
 
 class Outcome(NamedTuple):
