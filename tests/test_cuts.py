@@ -55,7 +55,7 @@ def test_cuts_of_a_search_cut_short_come_close_to_exact(hopeless):
     cost = COSTS[order, None] + np.zeros(120)
     for budget in (40.0, 60.0, 90.0):
         exact = solve_cuts(value, cost, budget)
-        coarse = solve_cuts(value, cost, budget, max_transitions=200 if hopeless else 64)
+        coarse = solve_cuts(value, cost, budget, max_transitions=200 if hopeless else 20)
         assert exact.is_exact
         assert coarse.cost <= budget + 1e-9
         assert exact.value - 0.2 <= coarse.value <= exact.value + 1e-9

@@ -99,7 +99,8 @@ def _search_boxes(
         first = int(np.lexsort((cost, -value))[0])
         return float(value[first]), (*firsts[label[first]].tolist(), int(cut[first]))
 
-    max_boxes = max(1, max_transitions // (4 << len(problem.value)))
+    # A few boxes cost nothing, whatever is allowed.
+    max_boxes = max(16, max_transitions // (4 << len(problem.value)))
     found = search_boxes(problem.value, problem.cost, budget, price, best.value, close, max_boxes)
     if found.boundaries is not None:
         value, cost = _totals(problem, found.boundaries)
