@@ -22,6 +22,17 @@ QUANTIZATION = {
 SCALE = "_scale_inv"
 KV = "model.layers.1.self_attn.kv_a_proj_with_mqa.weight"
 EXPERT = "model.layers.1.mlp.experts.6.up_proj.weight"  # outside of the base pool
+MISFITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {  # whoever reads them
+    "no scales": (lambda t: t.pop(EXPERT + SCALE), f"{EXPERT}{SCALE}: missing"),
+    "shape": (
+        lambda t: t.update({KV + SCALE: torch.ones(4, 2)}),
+        rf"{KV}{SCALE}: F32 \(4, 2\), expected F32 \(5, 2\)",
+    ),
+    "another FP8": (
+        lambda t: t.update({EXPERT: t[EXPERT].float().to(torch.float8_e5m2)}),
+        rf"{EXPERT}: F8_E5M2 \(144, 160\) is no matrix of F8_E4M3",
+    ),
+}
 
 
 def is_quantised(name: str) -> bool:

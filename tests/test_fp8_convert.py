@@ -10,6 +10,7 @@ from assembly_world import write_recipe
 from fp8_world import (
     EXPERT,
     KV,
+    MISFITS,
     QUANTIZATION,
     SCALE,
     assert_is_permuted,
@@ -213,18 +214,10 @@ def test_fp8_where_v3_has_none(source: Path, tmp_path: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Any, str]] = {
-    "no scales": (lambda t: t.pop(EXPERT + SCALE), f"{EXPERT}{SCALE}: missing"),
-    "shape": (
-        lambda t: t.update({KV + SCALE: torch.ones(4, 2)}),
-        rf"{KV}{SCALE}: F32 \(4, 2\), expected F32 \(5, 2\)",
-    ),
+    **MISFITS,
     "dtype": (
         lambda t: t.update({KV + SCALE: torch.ones(5, 2).bfloat16()}),
         rf"{KV}{SCALE}: BF16 \(5, 2\), expected F32 \(5, 2\)",
-    ),
-    "another FP8": (
-        lambda t: t.update({EXPERT: t[EXPERT].float().to(torch.float8_e5m2)}),
-        rf"{EXPERT}: F8_E5M2 \(144, 160\) is no matrix of F8_E4M3",
     ),
     "scales of nothing": (
         lambda t: t.update({f"lm_head.weight{SCALE}": torch.ones(1, 2)}),

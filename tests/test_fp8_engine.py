@@ -11,6 +11,7 @@ import torch
 from fp8_world import (
     EXPERT,
     KV,
+    MISFITS,
     QUANTIZATION,
     SCALE,
     by_hand,
@@ -304,15 +305,7 @@ def test_resident_memory_stays_below_the_bound(tmp_path: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "no scales": (lambda t: t.pop(EXPERT + SCALE), f"{EXPERT}{SCALE}: missing"),
-    "shape": (
-        lambda t: t.update({KV + SCALE: torch.ones(4, 2)}),
-        rf"{KV}{SCALE}: F32 \(4, 2\), expected F32 \(5, 2\)",
-    ),
-    "another FP8": (
-        lambda t: t.update({EXPERT: t[EXPERT].float().to(torch.float8_e5m2)}),
-        rf"{EXPERT}: F8_E5M2 \(144, 160\) is no matrix of F8_E4M3",
-    ),
+    **MISFITS,
     "integers": (lambda t: t.update({EXPERT: t[EXPERT].view(torch.int8)}), f"{EXPERT}: dtype I8"),
     "a router": (
         lambda t: t.update(

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from fp8_world import (
-    EXPERT,
     KV,
+    MISFITS,
     QUANTIZATION,
     SCALE,
     edit_config,
@@ -186,19 +186,11 @@ def test_on_a_gpu(folder: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Any, str]] = {
-    "no scales": (lambda t: t.pop(EXPERT + SCALE), f"{EXPERT}{SCALE}: missing"),
-    "shape": (
-        lambda t: t.update({KV + SCALE: torch.ones(4, 2)}),
-        rf"{KV}{SCALE}: F32 \(4, 2\), expected F32 \(5, 2\)",
-    ),
+    **MISFITS,
     "no codes": (lambda t: t.pop(KV), rf"{KV}"),
     "codes of another shape": (
         lambda t: t.update({KV: t[KV][:512].clone(), KV + SCALE: torch.ones(4, 2)}),
         rf"{KV}: shape \(512, 160\)",
-    ),
-    "another FP8": (
-        lambda t: t.update({EXPERT: t[EXPERT].float().to(torch.float8_e5m2)}),
-        rf"{EXPERT}: F8_E5M2 \(144, 160\) is no matrix of F8_E4M3",
     ),
     "scales of nothing": (
         lambda t: t.update({f"lm_head.weight{SCALE}": torch.ones(1, 2)}),
